@@ -1,0 +1,177 @@
+"""file: a raw image or a block device on this machine, through the page cache.
+
+Read-only below an overlay, writable as a disk of its own. Carries QEMU's image locks, so that a VM or qemu-img does not
+open what is served here for writing, and the other way round.
+
+Trims and zeros are PUNCH_HOLE and ZERO_RANGE, which guarantee zeros on files and on block devices; where the file system
+has neither, zeros are written. The map is SEEK_DATA and SEEK_HOLE for files; a block device is all data.
+
+Concurrency: none of its own; the kernel orders overlapping requests per page. A failed fdatasync is final: every later
+flush fails and writes are refused until the disk is attached anew, because the kernel may have dropped the pages.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from cachefs.errors import BackendError, ReadOnlyError, StoreError, from_os_error
+from cachefs.extent import Extent, ExtentKind
+from cachefs.layers.base import ALL_CAPS, Caps, Environment, Geometry, Options, Statistics
+from cachefs.store.identity import Identity, identity_of_device, identity_of_file
+from cachefs.store.imagelock import lock_image
+from cachefs.store.localfile import LocalFile
+from cachefs.units import LocalPath
+
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+class FileConfig(Options):
+    path: LocalPath
+    """The raw image or block device. It must exist: `truncate -s 20G disk.raw` makes an empty one."""
+
+
+class File:
+    """An open image; `File.open` makes it. Takes any byte range."""
+
+    Config = FileConfig
+
+    def __init__(
+        self, name: str, path: str, file: LocalFile, identity: Identity, *, device: bool, writable: bool
+    ) -> None:
+        self.name = name
+        self.geometry = Geometry(file.size)
+        self.caps = ALL_CAPS if writable else Caps.FLUSH | Caps.EXTENTS
+        self.identity = identity
+        self._path = path
+        self._file = file
+        self._is_device = device
+        self._can_punch = self._can_zero_range = True
+        self._failed: BackendError | None = None
+        self.try_read_into = file.try_read
+        self._written = False
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: FileConfig, env: Environment) -> AsyncIterator[File]:
+        """Raises: StoreError when the path is missing, no image, empty, or held by somebody else."""
+        backend = await trio.to_thread.run_sync(_open_now, cls, config, env)
+        try:
+            yield backend
+            if env.writable and backend._failed is None:
+                with trio.CancelScope(shield=True):
+                    await backend.flush()
+        finally:
+            backend._file.close()
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        self._written = True
+        return self._failed is None and self._file.try_write(offset, data)
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        if self._file.try_read(offset, buffer):
+            return
+        try:
+            await self._file.read(offset, buffer)
+        except OSError as exc:
+            raise from_os_error(exc, self.name, f"pread {offset}+{len(buffer)} of {self._path}") from exc
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        self._check_writable()
+        try:
+            await self._file.write(offset, (data,))
+        except OSError as exc:
+            raise from_os_error(exc, self.name, f"pwrite {offset}+{len(data)} of {self._path}") from exc
+
+    def _check_writable(self) -> None:
+        self._written = True
+        if self._failed is not None:
+            raise ReadOnlyError(self.name, f"read-only since an earlier error: {self._failed.detail}")
+
+    async def flush(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+        if not self._written:
+            return
+        try:
+            await self._file.sync()
+        except OSError as exc:
+            self._failed = BackendError(
+                self.name,
+                f"fdatasync of {self._path} failed ({os.strerror(exc.errno or errno.EIO)}): what was written since the last "
+                "flush may be lost; check the device, then mount anew",
+            )
+            raise self._failed from exc
+
+    async def trim(self, offset: int, length: int) -> None:
+        self._check_writable()
+        if self._can_punch:
+            try:
+                await self._file.punch(offset, length)
+                return
+            except OSError as exc:
+                if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise from_os_error(exc, self.name, f"punch {offset}+{length} of {self._path}") from exc
+                self._can_punch = exc.errno == errno.EINVAL  # EINVAL: only this range does not suit a device
+        await self.zero(offset, length)
+
+    async def zero(self, offset: int, length: int) -> None:
+        self._check_writable()
+        if self._can_zero_range:
+            try:
+                await self._file.zero_range(offset, length)
+                return
+            except OSError as exc:
+                if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise from_os_error(exc, self.name, f"zero {offset}+{length} of {self._path}") from exc
+                self._can_zero_range = exc.errno == errno.EINVAL
+        for at in range(offset, offset + length, len(_ZEROS)):
+            await self.write(at, _ZEROS[: min(len(_ZEROS), offset + length - at)])
+
+    async def extents(self, offset: int, length: int, limit: int = 1024) -> list[Extent]:
+        if self._is_device:
+            return [Extent(offset, length, ExtentKind.DATA)]
+        try:
+            return await self._file.extents(offset, length, limit)
+        except OSError as exc:
+            raise from_os_error(exc, self.name, f"SEEK_DATA at {offset} of {self._path}") from exc
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        await self._file.run(os.posix_fadvise, self._file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def allocated_bytes(self) -> int:
+        return self.geometry.size if self._is_device else self._file.allocated_bytes()
+
+    def pending_error(self) -> Exception | None:
+        return self._failed
+
+    def statistics(self) -> Statistics:
+        values: dict[str, int | float | str] = {"path": self._path, "state": "failed" if self._failed else "ok"}
+        return Statistics(self.name, values)
+
+
+def _open_now(cls: type[File], config: FileConfig, env: Environment) -> File:
+    name, path = f"{env.owner}/file", str(config.path)
+    try:
+        mode = os.stat(path).st_mode  # before the open: to open a pipe would wait for its other end
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise StoreError(name, f"{path} is neither a regular file nor a block device; name a raw image")
+        descriptor = os.open(path, os.O_RDWR if env.writable else os.O_RDONLY)
+    except OSError as exc:
+        raise StoreError(name, f"cannot open {path}: {exc.strerror}; check backend.file.path") from exc
+    try:
+        is_device = stat.S_ISBLK(mode)
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        if size == 0:
+            raise StoreError(name, f"{path} is empty, and a disk cannot be: `truncate -s 20G {path}` gives it a size")
+        lock_image(descriptor, f"{name}: {path}", writable=env.writable)
+        identity = identity_of_device(descriptor, size) if is_device else identity_of_file(descriptor)
+        return cls(name, path, LocalFile(descriptor, size), identity, device=is_device, writable=env.writable)
+    except BaseException:
+        os.close(descriptor)
+        raise

@@ -1,0 +1,151 @@
+"""Arguments -> calls; exit codes; no logic of its own.
+
+Exit codes: 0 done; 1 something went wrong; 2 the configuration (or the command line) is wrong; 3 a store cannot be opened.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from cachefs import __version__
+from cachefs.errors import CachefsError, ConfigError, StoreError
+
+EXIT_ERROR, EXIT_CONFIG, EXIT_STORE = 1, 2, 3
+
+
+def exit_code(exc: CachefsError) -> int:
+    if isinstance(exc, ConfigError):
+        return EXIT_CONFIG
+    return EXIT_STORE if isinstance(exc, StoreError) else EXIT_ERROR
+
+
+class Commands(click.Group):
+    """A CachefsError is a sentence on stderr and an exit code, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except CachefsError as exc:
+            click.echo(str(exc), err=True)
+            ctx.exit(exit_code(exc))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cachefs")
+def cli() -> None:
+    """Virtual disks for compute nodes: each disk of a YAML file becomes a file to boot a VM from.
+
+    \b
+    Example:
+      cachefs check config.yaml
+      cachefs mount config.yaml /mnt/disks
+      qemu-system-x86_64 ... -drive file=/mnt/disks/vm1,format=raw
+      cachefs umount /mnt/disks
+    """
+
+
+config_argument = click.argument("config", type=click.Path(path_type=Path))
+mountpoint_argument = click.argument("mountpoint", type=click.Path(path_type=Path))
+
+
+@cli.command()
+@config_argument
+@mountpoint_argument
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground and log to stderr; Ctrl-C drains.")
+@click.option("--ready-fd", type=int, hidden=True, help="Descriptor that gets one byte when the mount answers.")
+def mount(config: Path, mountpoint: Path, foreground: bool, ready_fd: int | None) -> None:
+    """Serve the disks of CONFIG as files in the directory MOUNTPOINT.
+
+    Returns 0 once the mount answers, and serves on in the background; logs then go to the journal, or to a file in
+    state_dir where there is none. Exit codes: 2 the configuration is wrong, 3 a store cannot be opened, 1 anything else.
+
+    \b
+    Example:
+      cachefs mount /etc/cachefs/node.yaml /mnt/disks
+      cachefs mount -f config.yaml /mnt/disks     # in the foreground
+    """
+    from cachefs import start
+
+    if foreground:
+        start.run_in_foreground(config, mountpoint, ready_fd)
+    else:
+        sys.exit(start.run_in_background(config, mountpoint))
+
+
+@cli.command()
+@mountpoint_argument
+@click.option("--force", is_flag=True, help="Do not wait: requests in flight fail, files that are open become dead.")
+def umount(mountpoint: Path, force: bool) -> None:
+    """Unmount MOUNTPOINT: wait until nobody has a disk open, flush everything, end the daemon.
+
+    Says what it waits for. Ctrl-C gives up waiting and leaves the mount as it is.
+
+    \b
+    Example:
+      cachefs umount /mnt/disks
+      cachefs umount --force /mnt/disks           # when a backing store hangs for good
+    """
+    from cachefs import stop
+
+    stop.unmount(mountpoint, force=force, say=lambda text: click.echo(text, err=True))
+
+
+@cli.command()
+@mountpoint_argument
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+def status(mountpoint: Path, as_json: bool) -> None:
+    """Show the disks served at MOUNTPOINT and what their layers did.
+
+    \b
+    Example:
+      cachefs status /mnt/disks
+      cachefs status --json /mnt/disks | jq .disks.vm1.layers
+    """
+    from cachefs import statusview
+
+    found = statusview.read(mountpoint)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        statusview.show(found)
+
+
+@cli.command()
+@config_argument
+def check(config: Path) -> None:
+    """Report every mistake in CONFIG, without mounting anything.
+
+    \b
+    Example:
+      cachefs check config.yaml
+    """
+    from cachefs.config import load
+    from cachefs.graph import warnings_about
+
+    loaded = load(config)
+    for warning in warnings_about(loaded):
+        click.echo(f"warning: {warning}", err=True)
+    disks, images = len(loaded.disks), len(loaded.images)
+    click.echo(f"{config}: ok: {disks} disk{'s' * (disks != 1)}, {images} image{'s' * (images != 1)}")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration, for editors.
+
+    \b
+    Example:
+      cachefs schema > cachefs.schema.json
+      # first line of config.yaml: # yaml-language-server: $schema=cachefs.schema.json
+    """
+    from cachefs.config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    cli(prog_name="cachefs")

@@ -1,0 +1,202 @@
+"""The daemon of one mount: opens the stacks, mounts, serves, drains, closes.
+
+    open stores -> mount -> serve -> (signal) drain: serve on until nobody has a file open, unmount -> flush -> close
+
+SIGTERM, SIGINT: drain. A second one, or SIGQUIT: forced stop; requests that wait are cancelled, the mount is cut off,
+stores are flushed, and whatever still hangs FORCE_GRACE_S later is left behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import trio
+
+from cachefs import __version__, mounts
+from cachefs.config import Config
+from cachefs.disk import Disk, open_disks
+from cachefs.errors import CachefsError
+from cachefs.fuse import namespace
+from cachefs.fuse.boundary import Boundary
+from cachefs.fuse.channel import Channel, mount_device
+from cachefs.fuse.dataplane import Dataplane
+from cachefs.fuse.protocol import Open
+from cachefs.notify import notify
+
+log = logging.getLogger(__name__)
+
+FORCE_GRACE_S = 3.0
+DRAIN_LOOK_S = 0.5  # between two tries to unmount while files are open
+LAG_PROBE_S = 1.0
+PR_SET_IO_FLUSHER = 57
+
+
+class Daemon:
+    """One mount. `run` returns when it is unmounted, or raises what kept it from serving."""
+
+    def __init__(self, config: Config, mountpoint: Path) -> None:
+        self._config = config
+        self._mountpoint = mountpoint
+        self._boundary = Boundary()
+        self._started = time.time()
+        self._draining = self._forced = False
+        self._longest_lag_s = 0.0
+        self._dataplane: Dataplane
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """*ready* is called once, when the mount answers.
+
+        Raises: StoreError and its kinds; CachefsError when it cannot be mounted.
+        """
+        _become_io_flusher()
+        self._config.state_dir.mkdir(parents=True, exist_ok=True)
+        async with open_disks(self._config, self._mountpoint) as disks:
+            device = await trio.to_thread.run_sync(mount_device, self._mountpoint, mount_options(disks))
+            try:
+                await self._serve(device, disks, ready)
+            finally:
+                # Reached without an unmount only by a forced stop or a bug: the tree must not keep a dead mount.
+                if mounts.find_mount(self._mountpoint) is not None:
+                    mounts.try_unmount(self._mountpoint, lazy=True)
+        log.info("unmounted %s; every disk is flushed and closed", self._mountpoint)
+
+    async def _serve(self, device: int, disks: Sequence[Disk], ready: Callable[[], None]) -> None:
+        directory = namespace.Namespace(disks, self._boundary, str(self._config.state_dir), self.status)
+        flags = {disk.inode: _open_flags(disk) for disk in disks}
+        async with trio.open_nursery() as services:
+            channel: Channel | None = None
+            try:
+                async with trio.open_nursery() as requests:
+                    self._dataplane = Dataplane(device, disks, requests, self._boundary)
+                    channel = Channel(device, self._dataplane, flags, self._config.poll)
+                    services.start_soon(namespace.serve, directory, channel.libfuse_path)
+                    services.start_soon(channel.serve_replies)
+                    services.start_soon(self._watch_signals, services.cancel_scope, requests.cancel_scope)
+                    services.start_soon(self._watch_lag)
+                    services.start_soon(self._announce, ready)
+                    gc.collect()
+                    gc.freeze()  # what lives from here on is requests; do not walk the rest again
+                    await channel.serve_requests()
+                    # The mount is gone. What a request still does is for the disk, and is waited for.
+            finally:
+                services.cancel_scope.cancel()
+                if channel is not None:
+                    channel.close()
+
+    async def _announce(self, ready: Callable[[], None]) -> None:
+        """Say that we serve, once the mount has answered somebody else."""
+        await trio.to_thread.run_sync(os.listdir, self._mountpoint)
+        count = len(self._config.disks)
+        notify(READY="1", STATUS=f"serving {count} disks at {self._mountpoint}")
+        ready()
+        log.info("serving %d disk%s at %s", count, "" if count == 1 else "s", self._mountpoint)
+
+    # ---- the end
+
+    async def _watch_signals(self, everything: trio.CancelScope, requests: trio.CancelScope) -> None:
+        async with trio.open_nursery() as nursery:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT) as signals:
+                async for number in signals:
+                    if number == signal.SIGQUIT or self._draining:
+                        self._force(everything, requests)
+                    else:
+                        self._draining = True
+                        notify(STOPPING="1", STATUS="draining")
+                        nursery.start_soon(self._drain)
+
+    async def _drain(self) -> None:
+        """Unmount as soon as nobody has a file open; serve until then, and say who has."""
+        said = ""
+        while (refusal := await trio.to_thread.run_sync(mounts.try_unmount, self._mountpoint)) is not None:
+            holders = await trio.to_thread.run_sync(mounts.find_holders, self._mountpoint)
+            waits = "; ".join(holders) or refusal
+            if waits != said:
+                said = waits
+                log.warning("still serving %s: waiting for %s", self._mountpoint, waits)
+            notify(STATUS=f"draining: waiting for {waits}", EXTEND_TIMEOUT_USEC="10000000")
+            await trio.sleep(DRAIN_LOOK_S)
+
+    def _force(self, everything: trio.CancelScope, requests: trio.CancelScope) -> None:
+        if self._forced:
+            return
+        self._forced = True
+        log.warning("forced stop of %s: requests that wait get EIO", self._mountpoint)
+        # A thread stuck in the kernel would keep us for ever.
+        timer = threading.Timer(FORCE_GRACE_S, _leave)
+        timer.daemon = True
+        timer.start()
+        requests.cancel()
+        everything.cancel()
+
+    # ---- figures
+
+    async def _watch_lag(self) -> None:
+        """How late the event loop comes to a task that is due: the longest so far."""
+        while True:
+            due = trio.current_time() + LAG_PROBE_S
+            await trio.sleep_until(due)
+            self._longest_lag_s = max(self._longest_lag_s, trio.current_time() - due)
+
+    def status(self) -> dict[str, object]:
+        dataplane = self._dataplane
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "state": "draining" if self._draining else "serving",
+            "config": str(self._config.file),
+            "mountpoint": str(self._mountpoint),
+            "uptime_s": round(time.time() - self._started, 1),
+            "requests": dataplane.statistics(),
+            "waiting_requests": dataplane.waiting,
+            "malformed_requests": dataplane.malformed,
+            "request_errors": self._boundary.request_errors,
+            "internal_errors": self._boundary.internal_errors,
+            "longest_loop_lag_ms": round(self._longest_lag_s * 1000, 3),
+        }
+
+
+def _leave() -> None:
+    log.error("something still hangs in the kernel after the forced stop; leaving it behind")
+    os._exit(1)
+
+
+def _open_flags(disk: Disk) -> Open:
+    return Open.KEEP_CACHE if disk.page_cache else Open.DIRECT_IO | Open.PARALLEL_DIRECT_WRITES
+
+
+def mount_options(disks: Sequence[Disk]) -> str:
+    """Options for fusermount3. Others than the owner can only come in with allow_other, which users may lack."""
+    options = "rw,nosuid,nodev,fsname=cachefs,subtype=cachefs,default_permissions"
+    if os.getuid() == 0 or any(disk.mode & 0o077 for disk in disks) or _users_may_allow_other():
+        options += ",allow_other"
+    return options
+
+
+def _users_may_allow_other() -> bool:
+    try:
+        lines = Path("/etc/fuse.conf").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
+def _become_io_flusher() -> None:
+    """Memory that we need to write out a guest's data is not to wait for the guest's data to be written out."""
+    ctypes.CDLL(None).prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)  # refused to users: no harm
+
+
+def unwrap(exc: BaseException) -> BaseException:
+    """The one exception in nested groups of nurseries, preferring a CachefsError."""
+    found = exc
+    while isinstance(found, BaseExceptionGroup):
+        ours = [inner for inner in found.exceptions if isinstance(unwrap(inner), CachefsError)]
+        found = (ours or list(found.exceptions))[0]
+    return found

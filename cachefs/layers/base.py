@@ -1,0 +1,161 @@
+"""The protocol that every layer and backend speaks, and what they share of it.
+
+A *stack* is layers, top to bottom, ending in a *backend*; each layer holds the next one as `child` and calls the same
+verbs on it. Promises, for every layer:
+
+- any number of requests may be in flight, in no order; bytes that only one of them touches are never lost;
+- a read that is issued after a write was acknowledged sees that write;
+- a cancelled write may have written some of its own range and nothing outside it; a write that was handed to the
+  kernel runs to its end before the cancellation is delivered;
+- `try_read_into` and `try_write` are plain functions: they finish the request on the event loop and return True, or
+  return False having changed nothing that the async operation would not do again. They take no lock and need none,
+  because between look-up and I/O nobody else runs.
+
+Offsets and lengths are bytes. Edges are checked once, by `cachefs.layers.checked`, which the graph puts on every edge:
+a layer may rely on bounds, alignment and capabilities.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import pydantic
+
+from cachefs.extent import Extent
+
+if TYPE_CHECKING:
+    from cachefs.store.identity import Identity
+
+MAX_IO = 1 << 20  # what one FUSE request can carry, and the most a layer hands down at once by default
+
+
+class Options(pydantic.BaseModel):
+    """What a layer or backend accepts in YAML; subclass it as `Config` of the layer. Frozen; unknown keys are errors."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Caps(enum.Flag):
+    """What a layer does itself. What is missing is emulated by the edge above it (`checked`) or refused."""
+
+    NONE = 0
+    WRITE = enum.auto()
+    FLUSH = enum.auto()
+    TRIM = enum.auto()
+    ZERO = enum.auto()
+    EXTENTS = enum.auto()
+
+
+ALL_CAPS = Caps.WRITE | Caps.FLUSH | Caps.TRIM | Caps.ZERO | Caps.EXTENTS
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Bytes, fixed from open to close.
+
+    size: of the disk, any number. alignment: power of two that offset and length of every request must be a multiple
+    of (except that a request may end at the end of the disk). preferred_io: power of two at which requests are cheap.
+    max_io: longest request the layer takes.
+    """
+
+    size: int
+    alignment: int = 1
+    preferred_io: int = 4096
+    max_io: int = MAX_IO
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A frozen snapshot of a layer's counters, and of those below it. Names end in their unit where it is not "times"."""
+
+    layer: str
+    values: Mapping[str, int | float | str] = field(default_factory=dict)
+    child: Statistics | None = None
+
+    def chain(self) -> Iterator[Statistics]:
+        """This layer's statistics, then its child's, down to the backend."""
+        node: Statistics | None = self
+        while node is not None:
+            yield node
+            node = node.child
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the graph tells a layer that opens. owner: "vm1" or the image's name; writable: may the store be changed."""
+
+    owner: str
+    state_dir: Path
+    writable: bool = True
+    forbidden: Path | None = None
+    """The mountpoint: no store may lie inside it."""
+
+
+class Layer(Protocol):
+    """See the module's docstring for the promises."""
+
+    name: str
+    geometry: Geometry
+    caps: Caps
+    identity: Identity
+    """Of the contents as they are below the first writable layer; see `cachefs.store.identity`."""
+
+    def try_read_into(self, offset: int, buffer: memoryview) -> bool: ...
+    def try_write(self, offset: int, data: memoryview) -> bool: ...
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill all of *buffer* or raise."""
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write all of *data* or raise; keep no reference to it."""
+
+    async def flush(self) -> None:
+        """Every write acknowledged before the call is durable on return."""
+
+    async def trim(self, offset: int, length: int) -> None:
+        """The range then reads as zeros and its space is freed (perhaps later)."""
+
+    async def zero(self, offset: int, length: int) -> None:
+        """The range then reads as zeros."""
+
+    async def extents(self, offset: int, length: int, limit: int = 1024) -> list[Extent]:
+        """What the range holds, in order, from *offset* on: a non-empty prefix of it, at most *limit* entries."""
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """A hint: caches below may fill."""
+
+    def allocated_bytes(self) -> int:
+        """Space that the stack holds on local disks, in bytes; cheap."""
+
+    def pending_error(self) -> Exception | None:
+        """A write-out error that no flush has cleared yet: what close() reports."""
+
+    def statistics(self) -> Statistics: ...
+
+
+class OpenLayer(Protocol):
+    """How a layer class is opened: `async with Cow.open(config, child, env) as layer`. Close flushes, then releases."""
+
+    Config: ClassVar[type[Options]]
+
+    def open(self, config: Any, child: Layer, env: Environment) -> AbstractAsyncContextManager[Layer]: ...
+
+
+class OpenBackend(Protocol):
+    Config: ClassVar[type[Options]]
+
+    def open(self, config: Any, env: Environment) -> AbstractAsyncContextManager[Layer]: ...
+
+
+class Slow:
+    """The defaults of a layer that has no fast path."""
+
+    def try_read_into(self, offset: int, buffer: memoryview) -> bool:
+        return False
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        return False

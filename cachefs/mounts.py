@@ -1,0 +1,86 @@
+"""What the kernel knows of our mounts: where they are, who has files of them open, how they are taken away.
+
+Source: proc(5) (mountinfo, fd), /sys/block/loopN/loop/backing_file, fusermount3(1), Linux fs/fuse/control.c.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+FILE_SYSTEM_TYPE = "fuse.cachefs"
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def find_mount(mountpoint: Path) -> tuple[str, str] | None:
+    """(type, "major:minor") of the topmost mount at *mountpoint*, or None when nothing is mounted there."""
+    # Resolved without touching the mountpoint itself: a daemon that hangs must not hang us.
+    wanted = os.path.join(
+        os.path.realpath(os.path.dirname(os.path.abspath(mountpoint))), os.path.basename(os.path.abspath(mountpoint))
+    )
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        if _unescape(fields[4]) == wanted:
+            found = (fields[fields.index("-") + 1], fields[2])
+    return found
+
+
+def find_holders(mountpoint: Path) -> list[str]:
+    """Who keeps files of the mount open, a phrase each: "qemu-system-x86 (pid 71), which has vm1 open". Blocks briefly.
+
+    As a user other than root only one's own processes are seen.
+    """
+    prefix = os.path.abspath(mountpoint).rstrip("/") + "/"
+    holders: list[str] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        names: set[str] = set()
+        with contextlib.suppress(OSError):
+            for descriptor in os.scandir(process / "fd"):
+                with contextlib.suppress(OSError):
+                    target = os.readlink(descriptor.path)
+                    if target.startswith(prefix):
+                        names.add(target[len(prefix) :])
+        with contextlib.suppress(OSError):
+            if (os.readlink(process / "cwd") + "/").startswith(prefix):
+                names.add("the directory")
+        if names:
+            command = "a process"
+            with contextlib.suppress(OSError):
+                command = (process / "comm").read_text().strip()
+            holders.append(f"{command} (pid {process.name}), which has {', '.join(sorted(names))} open")
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            target = backing.read_text().strip()
+            if target.startswith(prefix):
+                device = backing.parent.parent.name
+                holders.append(
+                    f"loop device /dev/{device}, which is set up over {target[len(prefix) :]} (losetup -d /dev/{device})"
+                )
+    return holders
+
+
+def try_unmount(mountpoint: Path, *, lazy: bool = False) -> str | None:
+    """Take the mount away. None when it is gone, else what fusermount3 said. Blocks.
+
+    lazy: off the tree at once, though files of it may be open.
+    """
+    done = subprocess.run(
+        ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)], capture_output=True, check=False
+    )
+    return None if done.returncode == 0 else done.stderr.decode(errors="replace").strip()
+
+
+def abort_connection(device: str) -> bool:
+    """Make the kernel fail everything that waits on the FUSE mount *device* ("major:minor"); root only."""
+    try:
+        Path(f"/sys/fs/fuse/connections/{device.partition(':')[2]}/abort").write_text("1")
+    except OSError:
+        return False
+    return True

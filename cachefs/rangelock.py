@@ -1,0 +1,111 @@
+"""Async locks and pins on half-open ranges of blocks: first come, first served, and safe to cancel.
+
+A *lock* excludes other locks that overlap it; a *pin* says "these blocks are being read from the store" and excludes
+nobody but a lock that asks to wait for pins (what frees space: a punch, an eviction). The synchronous fast path takes
+neither: it asks `is_locked` and stands back.
+
+    asks \\ held or queued before    lock    pin
+    lock                             waits   passes
+    lock, wait_for_pins              waits   waits
+    pin                              passes  passes
+
+A pin never waits, so a reader cannot be held up by a writer, and one that frees space cannot be starved: it first makes
+the blocks read as something else, so that no new pin is taken on them.
+
+Lock order: one lock per operation and store; a layer that holds one may call its child, never itself. State is plain
+lists (a few dozen entries at most while requests are slow), changed only between checkpoints of one event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+
+
+class Hold:
+    """A lock that is held or waited for. `granted` is set once nothing before it overlaps it."""
+
+    __slots__ = ("end", "granted", "start", "wait_for_pins")
+
+    def __init__(self, start: int, end: int, wait_for_pins: bool) -> None:
+        self.start = start
+        self.end = end
+        self.wait_for_pins = wait_for_pins
+        self.granted: trio.Event | None = None  # made only by those who wait
+
+
+class RangeLocks:
+    """The locks and pins of one store. *start* and *end* are block indices, half-open."""
+
+    def __init__(self) -> None:
+        self.held: list[Hold] = []  # empty means that the fast path need not look further
+        self._waiting: list[Hold] = []
+        self._pins: list[tuple[int, int]] = []
+
+    def is_locked(self, start: int, end: int) -> bool:
+        """Whether a lock that overlaps the range is held now (one that only waits does not count)."""
+        return any(hold.start < end and start < hold.end for hold in self.held)
+
+    @contextmanager
+    def pin(self, start: int, end: int) -> Iterator[None]:
+        """Keep what frees space away from the range."""
+        entry = (start, end)
+        self._pins.append(entry)
+        try:
+            yield
+        finally:
+            self._pins.remove(entry)
+            if self._waiting:
+                self._grant()
+
+    async def acquire(self, start: int, end: int, *, wait_for_pins: bool = False) -> Hold:
+        """Wait for the range and lock it; give it back with `release`. A cancelled wait leaves nothing behind.
+
+        A checkpoint only when it has to wait.
+        """
+        hold = Hold(start, end, wait_for_pins)
+        if not self._is_barred(hold, self._waiting):
+            self.held.append(hold)
+            return hold
+        granted = hold.granted = trio.Event()
+        self._waiting.append(hold)
+        try:
+            await granted.wait()
+        except trio.Cancelled:
+            if granted.is_set():  # granted and cancelled in the same pass of the scheduler
+                self.release(hold)
+            else:
+                self._waiting.remove(hold)
+                self._grant()
+            raise
+        return hold
+
+    def release(self, hold: Hold) -> None:
+        self.held.remove(hold)
+        if self._waiting:
+            self._grant()
+
+    def _is_barred(self, hold: Hold, before: list[Hold]) -> bool:
+        start, end = hold.start, hold.end
+        if any(other.start < end and start < other.end for other in self.held):
+            return True
+        if any(other.start < end and start < other.end for other in before):
+            return True
+        return hold.wait_for_pins and any(first < end and start < last for first, last in self._pins)
+
+    def _grant(self) -> None:
+        """Give every waiting lock its range that nothing held, pinned or queued before it overlaps."""
+        still_waiting: list[Hold] = []
+        for hold in self._waiting:
+            if self._is_barred(hold, still_waiting):
+                still_waiting.append(hold)
+            else:
+                self.held.append(hold)
+                assert hold.granted is not None
+                hold.granted.set()
+        self._waiting = still_waiting
+
+    def statistics(self) -> dict[str, int]:
+        return {"locks_held": len(self.held), "locks_waiting": len(self._waiting), "pins": len(self._pins)}

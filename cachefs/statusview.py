@@ -1,0 +1,114 @@
+"""The status of a mount as people and programs see it: read from the xattr that every file of the mount carries."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from cachefs.errors import CachefsError
+from cachefs.units import format_size
+
+XATTR = "user.cachefs.status"
+TIMEOUT_S = 5.0
+
+
+class DeadError(CachefsError):
+    """The mount is there and its daemon is not."""
+
+    default_errno = errno.ENOTCONN
+
+
+def read_one(path: Path) -> dict[str, Any]:
+    """The status that *path* (the mountpoint, or a disk in it) carries.
+
+    Raises: DeadError; TimeoutError when there is no answer; CachefsError when it is no mount of ours.
+    """
+    answer: list[bytes | OSError] = []
+
+    def ask() -> None:
+        try:
+            answer.append(os.getxattr(path, XATTR))
+        except OSError as exc:
+            answer.append(exc)
+
+    thread = threading.Thread(target=ask, daemon=True)  # a hung daemon would hold it for ever
+    thread.start()
+    thread.join(TIMEOUT_S)
+    if not answer:
+        raise TimeoutError
+    if isinstance(answer[0], OSError):
+        if answer[0].errno in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise DeadError(str(path), "its daemon is dead: `cachefs umount` takes the mount away, then mount anew")
+        raise CachefsError(
+            str(path), f"is no mount of cachefs ({answer[0].strerror}); `findmnt -t fuse.cachefs` lists them"
+        )
+    status: dict[str, Any] = json.loads(answer[0])
+    return status
+
+
+def read(mountpoint: Path) -> dict[str, Any]:
+    """{"daemon": ..., "disks": {name: ...}}. Raises: as `read_one`, but CachefsError instead of TimeoutError."""
+    try:
+        status = read_one(mountpoint)
+        names = list(status["disks"])
+        return {"daemon": status["daemon"], "disks": {name: read_one(mountpoint / name)["disk"] for name in names}}
+    except TimeoutError:
+        detail = f"its daemon did not answer within {TIMEOUT_S:.0f} s; its log says what it waits for"
+        raise CachefsError(str(mountpoint), detail, errno.ETIMEDOUT) from None
+
+
+def show(status: dict[str, Any]) -> None:
+    """Print *status* as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    daemon = status["daemon"]
+    console.print(
+        f"{daemon['mountpoint']}: {daemon['state']}, pid {daemon['pid']}, cachefs {daemon['version']}, "
+        f"up {daemon['uptime_s']:.0f} s, {daemon['waiting_requests']} requests waiting, "
+        f"{daemon['request_errors']} failed, {daemon['internal_errors']} internal errors",
+        soft_wrap=True,
+        highlight=False,
+    )
+    table = Table("disk", "layer", "state", "size", "holds", "read", "written", "fast", box=None, pad_edge=False)
+    for name, disk in status["disks"].items():
+        first = True
+        for layer in disk["layers"]:
+            table.add_row(
+                name if first else "",
+                layer["layer"].rpartition("/")[2],
+                disk["state"] if first else str(layer.get("state", "")),
+                format_size(disk["size"]) if first else "",
+                _size(layer.get("allocated_bytes")),
+                _size(layer.get("read_bytes")),
+                _size(layer.get("written_bytes")),
+                _share(layer),
+            )
+            first = False
+    console.print(table)
+    for name, disk in status["disks"].items():
+        if "error" in disk:
+            console.print(f"{name}: {disk['error']}", soft_wrap=True, highlight=False)
+
+
+def _size(value: int | None) -> str:
+    """A rounded size with three digits; empty for None."""
+    if value is None:
+        return ""
+    amount, units = float(value), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while amount >= 1000 and len(units) > 1:
+        amount /= 1024
+        units.pop(0)
+    return f"{amount:.3g} {units[0]}"
+
+
+def _share(layer: dict[str, Any]) -> str:
+    """Requests that were finished on the fast path, of all."""
+    fast = layer.get("fast_reads", 0) + layer.get("fast_writes", 0)
+    total = fast + layer.get("slow_reads", 0) + layer.get("slow_writes", 0)
+    return f"{100 * fast / total:.1f} %" if total else ""
