@@ -58,7 +58,7 @@ class RangeLocks:
         finally:
             self._pins.remove(entry)
             if self._waiting:
-                self._grant()
+                self._grant(start, end)
 
     async def acquire(self, start: int, end: int, *, wait_for_pins: bool = False) -> Hold:
         """Wait for the range and lock it; give it back with `release`. A cancelled wait leaves nothing behind.
@@ -78,14 +78,14 @@ class RangeLocks:
                 self.release(hold)
             else:
                 self._waiting.remove(hold)
-                self._grant()
+                self._grant(start, end)
             raise
         return hold
 
     def release(self, hold: Hold) -> None:
         self.held.remove(hold)
         if self._waiting:
-            self._grant()
+            self._grant(hold.start, hold.end)
 
     def _is_barred(self, hold: Hold, before: list[Hold]) -> bool:
         start, end = hold.start, hold.end
@@ -95,17 +95,21 @@ class RangeLocks:
             return True
         return hold.wait_for_pins and any(first < end and start < last for first, last in self._pins)
 
-    def _grant(self) -> None:
-        """Give every waiting lock its range that nothing held, pinned or queued before it overlaps."""
-        still_waiting: list[Hold] = []
-        for hold in self._waiting:
-            if self._is_barred(hold, still_waiting):
-                still_waiting.append(hold)
-            else:
+    def _grant(self, start: int, end: int) -> None:
+        """A barrier of this range is gone: grant what waits for it and is overlapped by nothing else before it.
+
+        Only those that overlap the range are looked at, so that thousands which wait for a hung device cost each
+        other nothing.
+        """
+        granted = False
+        for index, hold in enumerate(self._waiting):
+            if hold.start < end and start < hold.end and not self._is_barred(hold, self._waiting[:index]):
                 self.held.append(hold)
                 assert hold.granted is not None
                 hold.granted.set()
-        self._waiting = still_waiting
+                granted = True
+        if granted:
+            self._waiting = [hold for hold in self._waiting if hold.granted is not None and not hold.granted.is_set()]
 
     def statistics(self) -> dict[str, int]:
         return {"locks_held": len(self.held), "locks_waiting": len(self._waiting), "pins": len(self._pins)}

@@ -11,7 +11,6 @@ start makes its memories anew and bumps the store's epoch, which is what will vo
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import struct
@@ -31,7 +30,7 @@ def boot_id() -> bytes:
 class SurvivorMemory:
     """A memfd of HEAD_SIZE + *length* bytes; `body` is a view of the *length* bytes, zero at first.
 
-    Untouched pages take no memory. Close it after every view of `body` has been released.
+    Untouched pages take no memory.
     """
 
     def __init__(self, kind: str, layout: int, store: uuid.UUID, epoch: int, length: int) -> None:
@@ -46,7 +45,5 @@ class SurvivorMemory:
         self.body = memoryview(self._map)[HEAD_SIZE:]
 
     def close(self) -> None:
-        self.body.release()
-        with contextlib.suppress(BufferError):  # a view still out keeps the mapping; the process ends soon
-            self._map.close()
+        """Give up the descriptor; the mapping goes with the last view of `body`."""
         os.close(self.descriptor)

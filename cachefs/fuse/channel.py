@@ -34,6 +34,7 @@ from cachefs.fuse.protocol import (
     INIT_IN,
     OPEN_REPLY,
     OUT_HEADER,
+    REQUEST_HEAD,
     Opcode,
     Open,
     compose_init_reply,
@@ -150,12 +151,13 @@ class Channel:
     def _handle_batch(self) -> int:
         """Up to BATCH requests; how many were there, or -1 when the mount is gone."""
         dataplane = self._dataplane
-        counts = dataplane.counts
+        counts, handle = dataplane.counts, dataplane.handle
+        unpack_head, readv, device = REQUEST_HEAD.unpack_from, os.readv, self._device
         buffer = dataplane.pool.take()
         handled = 0
         while handled < BATCH:
             try:
-                length = os.readv(self._device, buffer.vector)
+                length = readv(device, buffer.vector)
             except BlockingIOError:
                 break
             except OSError as exc:
@@ -171,10 +173,10 @@ class Channel:
             if length < IN_HEADER.size:
                 log.error("the kernel sent a request of %d bytes, shorter than any header; ignored", length)
                 continue
-            _, opcode, unique, node, _, _, _, _, _ = IN_HEADER.unpack_from(buffer.view, REQUEST_AT)
+            opcode, unique, node = unpack_head(buffer.view, REQUEST_AT)
             counts[opcode & 63] += 1
             if opcode in DATA_OPCODES:
-                if not dataplane.handle(buffer, length):
+                if not handle(buffer, length, opcode, unique, node):
                     buffer = dataplane.pool.take()
                 continue
             self._forward(opcode, unique, node, bytes(buffer.view[REQUEST_AT : REQUEST_AT + length]))

@@ -43,9 +43,10 @@ from cachefs.fuse.protocol import (
     OPCODE_NAMES,
     OUT_HEADER,
     READ_IN,
-    WRITE_IN,
+    READ_WHERE,
     WRITE_REPLY,
     WRITE_REQUEST_SIZE,
+    WRITE_WHERE,
     Opcode,
     error_reply,
 )
@@ -111,17 +112,19 @@ class Dataplane:
 
     # ---- one request
 
-    def handle(self, buffer: Buffer, length: int) -> bool:
-        """Serve the data request of *length* bytes in *buffer*. True: the buffer may be used again; False: a task has it."""
+    def handle(self, buffer: Buffer, length: int, opcode: int, unique: int, node: int) -> bool:
+        """Serve the data request of *length* bytes in *buffer*. True: the buffer may be used again; False: a task has it.
+
+        *opcode*, *unique* and *node* are of its header.
+        """
         view = buffer.view
-        _, opcode, unique, node, _, _, _, _, _ = IN_HEADER.unpack_from(view, REQUEST_AT)
         disk = self._disks.get(node)
         if disk is None:
             return opcode == INTERRUPT or self._refuse(unique, errno.EBADF)
         if opcode == READ:
             if length < IN_HEADER.size + READ_IN.size:
                 return self._reject(unique, opcode, length)
-            _, offset, size, _, _, _, _ = READ_IN.unpack_from(view, BODY_AT)
+            offset, size = READ_WHERE.unpack_from(view, BODY_AT)
             if offset + size > disk.size:  # read past the end: short
                 size = max(0, disk.size - offset)
             if not size:
@@ -147,7 +150,7 @@ class Dataplane:
         view = buffer.view
         if length < WRITE_REQUEST_SIZE:
             return self._reject(unique, WRITE, length)
-        _, offset, size, _, _, flags, _ = WRITE_IN.unpack_from(view, BODY_AT)
+        offset, size, flags = WRITE_WHERE.unpack_from(view, BODY_AT)
         if length != WRITE_REQUEST_SIZE + size:
             return self._reject(unique, WRITE, length)
         if not disk.writable:

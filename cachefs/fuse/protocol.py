@@ -9,9 +9,12 @@ import enum
 import struct
 
 IN_HEADER = struct.Struct("<IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
+REQUEST_HEAD = struct.Struct("<4xIQQ")  # of IN_HEADER what every request needs: opcode unique nodeid
 OUT_HEADER = struct.Struct("<IiQ")  # len error unique
 READ_IN = struct.Struct("<QQIIQII")  # fh offset size read_flags lock_owner flags padding
 WRITE_IN = struct.Struct("<QQIIQII")  # fh offset size write_flags lock_owner flags padding
+READ_WHERE = struct.Struct("<8xQI")  # of READ_IN: offset size
+WRITE_WHERE = struct.Struct("<8xQI12xI")  # of WRITE_IN: offset size flags
 WRITE_REPLY = struct.Struct("<IiQII")  # out header, size padding
 FALLOCATE_IN = struct.Struct("<QQQII")  # fh offset length mode padding
 LSEEK_IN = struct.Struct("<QQII")  # fh offset whence padding

@@ -30,14 +30,14 @@ from typing import Annotated
 import pydantic
 import trio
 
-from cachefs.errors import BaseChangedError, NoSpaceError, from_os_error
+from cachefs.errors import BaseChangedError, NoSpaceError, StoreError, from_os_error
 from cachefs.extent import Extent, ExtentKind, merge_extents
 from cachefs.layers.base import ALL_CAPS, Environment, Geometry, Layer, Options, Statistics
 from cachefs.store import files
 from cachefs.store.blockmap import Run, State
 from cachefs.store.blockstore import BlockStore, open_store, read_header
 from cachefs.store.files import Header, StoreLock
-from cachefs.units import LocalPath, Size, is_power_of_two, split_aligned
+from cachefs.units import LocalPath, Size, format_size, is_power_of_two, split_aligned
 
 _ZEROS = bytes(1 << 20)
 
@@ -75,6 +75,7 @@ class Cow:
         self.caps = ALL_CAPS
         self.store = store
         self._map = store.map
+        self._written, self._zero = store.map.written, store.map.zero
         self._data = store.data
         self._locks = store.locks
         self._limit = config.limit
@@ -92,11 +93,11 @@ class Cow:
         """Raises: StoreError and its kinds, with what to do."""
         name = f"{env.owner}/cow"
         path = overlay_path(env.state_dir, env.owner, config.path)
-        header = Header(child.geometry.size, config.block_size, child.identity)
-        lock = await trio.to_thread.run_sync(_prepare, path, header, config.ephemeral, env.owner)
+        header = Header(child.geometry.size, config.block_size, child.identity, config.ephemeral)
+        lock = await trio.to_thread.run_sync(_prepare, path, header, env.owner)
         try:
             header = await trio.to_thread.run_sync(read_header, path)
-            _check_base(path, header, child)
+            _check_header(path, header, config, child)
             async with open_store(path, name, header, durable=not config.ephemeral) as store:
                 yield cls(name, config, child, store)
             if config.ephemeral:
@@ -109,12 +110,12 @@ class Cow:
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
         start = offset >> self._shift
         end = ((offset + len(buffer) - 1) >> self._shift) + 1
-        map_ = self._map
-        if map_.written.find(0, start, end) < 0:
+        written = self._written
+        if written.find(0, start, end) < 0:
             return self._data.try_read(offset, buffer)
-        if map_.written.find(1, start, end) < 0 and map_.zero.find(1, start, end) < 0:
+        if written.find(1, start, end) < 0 and self._zero.find(1, start, end) < 0:
             return self.child.try_read_into(offset, buffer)
-        for run in map_.runs(offset, len(buffer)):
+        for run in self._map.runs(offset, len(buffer)):
             part = buffer[run.offset - offset : run.offset - offset + run.length]
             if run.state is State.ZERO:
                 part[:] = _ZEROS[: run.length]
@@ -129,13 +130,14 @@ class Cow:
         end_offset = offset + len(data)
         shift = self._shift
         start, end = offset >> shift, ((end_offset - 1) >> shift) + 1
-        map_ = self._map
         if self._locks.held and self._locks.is_locked(start, end):
             return False
-        if map_.written.find(0, start, end) >= 0:  # some block is not DATA yet
-            if offset & self._mask and not map_.written[start]:
+        written = self._written
+        changes = written.find(0, start, end) >= 0  # some block is not DATA yet
+        if changes:
+            if offset & self._mask and not written[start]:
                 return False
-            if end_offset & self._mask and end_offset != self._size and not map_.written[end - 1]:
+            if end_offset & self._mask and end_offset != self._size and not written[end - 1]:
                 return False
             if self._limit is not None:
                 return False
@@ -143,7 +145,8 @@ class Cow:
             return False
         if not self._data.try_write(offset, data):
             return False
-        map_.set_data(start, end)
+        if changes:
+            self._map.set_data(start, end)
         return True
 
     # ---- slow path
@@ -322,12 +325,27 @@ def overlay_path(state_dir: Path, disk: str, path: Path | None) -> Path:
     return path if path is not None else state_dir / "overlays" / disk
 
 
-def _prepare(path: Path, header: Header, ephemeral: bool, owner: str) -> StoreLock:
-    """Make the store where there is none, and lock it. Blocks."""
+def _prepare(path: Path, header: Header, owner: str) -> StoreLock:
+    """Make the store where there is none, and lock it. Blocks.
+
+    Raises: StoreError; also when one of the two is ephemeral and the other not, before anything is deleted.
+    """
     if not path.exists():
         files.create(path, header)
     lock = StoreLock(path, f"disk {owner} of cachefs")
-    if ephemeral and (path / "epoch").read_bytes() != bytes(8):
+    try:
+        found = read_header(path)
+        if found.ephemeral != header.ephemeral:
+            kept, wanted = ("deleted at detach", "kept") if found.ephemeral else ("kept", "deleted at detach")
+            raise StoreError(
+                str(path),
+                f"the overlay was made to be {kept} and the configuration wants it {wanted}: set ephemeral back to "
+                f"{str(found.ephemeral).lower()}, or name another path",
+            )
+    except BaseException:
+        lock.close()
+        raise
+    if found.ephemeral and (path / "epoch").read_bytes() != bytes(8):
         # A daemon that died left it. Nothing in it was promised to be durable: start empty.
         shutil.rmtree(path)
         lock.close()
@@ -336,7 +354,14 @@ def _prepare(path: Path, header: Header, ephemeral: bool, owner: str) -> StoreLo
     return lock
 
 
-def _check_base(path: Path, header: Header, child: Layer) -> None:
+def _check_header(path: Path, header: Header, config: CowConfig, child: Layer) -> None:
+    """Raises: StoreError when this overlay is not the one that the configuration means."""
+    if "block_size" in config.model_fields_set and header.block_size != config.block_size:
+        raise StoreError(
+            str(path),
+            f"the overlay was made with blocks of {format_size(header.block_size)}, the configuration says "
+            f"{format_size(config.block_size)}; that cannot be changed: write block_size: {format_size(header.block_size)}",
+        )
     changes = header.base.changes(child.identity)
     if header.size != child.geometry.size:
         changes.append(f"the disk had {header.size} bytes, has {child.geometry.size}")

@@ -92,11 +92,6 @@ class BlockMap:
         self.data_blocks = 0  # counted here, never in the planes: to read a page nobody touched would allocate it
         self.generation = 0
 
-    def close(self) -> None:
-        """Let go of the memory."""
-        del self.written, self.zero, self._dirty, self._in_round
-        self._memory.release()
-
     # ---- look-up
 
     def state(self, block: int) -> State:

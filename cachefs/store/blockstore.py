@@ -214,7 +214,6 @@ class BlockStore:
                 self.map.load(first + index, sector, str(self.path / "map"))
 
     def close_files(self) -> None:
-        self.map.close()
         self.memory.close()
         self.data.close()
         self.map_file.close()

@@ -29,9 +29,9 @@ MAGIC = b"cachefs\n"
 VERSION = 1
 HEADER_SIZE = 4096
 CHECKSUM_CRC32 = 1  # zlib's, over header and map sectors; the data of an overlay carries none
-_HEAD = struct.Struct(
-    "<8sII16sQIII"
-)  # magic, crc32 of all behind it, version, uuid, size, block size, checksum, base length
+# magic, crc32 of all behind it, version, uuid, size, block size, checksum, flags, length of the base's identity
+_HEAD = struct.Struct("<8sII16sQIIII")
+_EPHEMERAL = 1  # flag: deleted when its disk is detached
 _BODY_AT = 12
 _EPOCH = struct.Struct("<Q")
 
@@ -43,13 +43,22 @@ class Header:
     size: int
     block_size: int
     base: Identity
+    ephemeral: bool = False
     uuid: uuid.UUID = field(default_factory=uuid.uuid4)
 
     def encode(self) -> bytes:
         base = json.dumps({"kind": self.base.kind, "facts": dict(self.base.facts)}, sort_keys=True).encode()
-        body = _HEAD.pack(MAGIC, 0, VERSION, self.uuid.bytes, self.size, self.block_size, CHECKSUM_CRC32, len(base))[
-            _BODY_AT:
-        ]
+        body = _HEAD.pack(
+            MAGIC,
+            0,
+            VERSION,
+            self.uuid.bytes,
+            self.size,
+            self.block_size,
+            CHECKSUM_CRC32,
+            int(self.ephemeral),
+            len(base),
+        )[_BODY_AT:]
         body = (body + base).ljust(HEADER_SIZE - _BODY_AT, b"\0")
         if len(body) != HEADER_SIZE - _BODY_AT:
             raise ValueError("the base's identity does not fit into a header")
@@ -62,16 +71,16 @@ def decode_header(content: bytes, where: str) -> Header:
         raise FormatError(
             where, "this is no cachefs store (its header does not begin with the magic bytes); check the path"
         )
-    _, crc, version, identifier, size, block_size, checksum, base_length = _HEAD.unpack_from(content)
+    _, crc, version, identifier, size, block_size, checksum, flags, base_length = _HEAD.unpack_from(content)
     if crc != zlib.crc32(content[_BODY_AT:]):
         raise FormatError(
             where, "the store's header is damaged (its checksum does not match); restore it from a backup"
         )
-    if version != VERSION or checksum != CHECKSUM_CRC32:
+    if version != VERSION or checksum != CHECKSUM_CRC32 or flags & ~_EPHEMERAL:
         raise FormatError(
             where,
-            f"the store has format version {version}, checksum {checksum}; this cachefs knows version {VERSION}, "
-            f"checksum {CHECKSUM_CRC32}: open it with the cachefs that made it, or a later one",
+            f"the store has format version {version}, checksum {checksum}, flags {flags:#x}; this cachefs "
+            f"knows version {VERSION}, checksum {CHECKSUM_CRC32}: open it with the cachefs that made it, or a later one",
         )
     try:
         base = json.loads(content[_HEAD.size : _HEAD.size + base_length])
@@ -84,7 +93,7 @@ def decode_header(content: bytes, where: str) -> Header:
         raise FormatError(
             where, f"the header says {block_size} bytes per block, which is no power of two; restore a backup"
         )
-    return Header(size, block_size, identity, uuid.UUID(bytes=identifier))
+    return Header(size, block_size, identity, bool(flags & _EPHEMERAL), uuid.UUID(bytes=identifier))
 
 
 def create(path: Path, header: Header) -> None:
