@@ -115,9 +115,14 @@ class Daemon:
     async def _drain(self) -> None:
         """Unmount as soon as nobody has a file open; serve until then, and say who has."""
         said = ""
-        while (refusal := await trio.to_thread.run_sync(mounts.try_unmount, self._mountpoint)) is not None:
-            holders = await trio.to_thread.run_sync(mounts.find_holders, self._mountpoint)
-            waits = "; ".join(holders) or refusal
+        while True:
+            try:
+                if await trio.to_thread.run_sync(mounts.try_unmount, self._mountpoint):
+                    return
+                holders = await trio.to_thread.run_sync(mounts.find_holders, self._mountpoint)
+                waits = "; ".join(holders) or "somebody whose files we may not see"
+            except CachefsError as exc:
+                waits = f"the kernel: {exc}"
             if waits != said:
                 said = waits
                 log.warning("still serving %s: waiting for %s", self._mountpoint, waits)

@@ -6,10 +6,13 @@ Source: proc(5) (mountinfo, fd), /sys/block/loopN/loop/backing_file, fusermount3
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import subprocess
 from pathlib import Path
+
+from cachefs.errors import CachefsError
 
 FILE_SYSTEM_TYPE = "fuse.cachefs"
 
@@ -66,15 +69,25 @@ def find_holders(mountpoint: Path) -> list[str]:
     return holders
 
 
-def try_unmount(mountpoint: Path, *, lazy: bool = False) -> str | None:
-    """Take the mount away. None when it is gone, else what fusermount3 said. Blocks.
+def try_unmount(mountpoint: Path, *, lazy: bool = False) -> bool:
+    """Take the mount away. False while files of it are open. Blocks.
 
     lazy: off the tree at once, though files of it may be open.
+
+    Raises: CachefsError with what fusermount3 said, when waiting would not help.
     """
     done = subprocess.run(
-        ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)], capture_output=True, check=False
+        ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)],
+        env={**os.environ, "LC_ALL": "C"},
+        capture_output=True,
+        check=False,
     )
-    return None if done.returncode == 0 else done.stderr.decode(errors="replace").strip()
+    if done.returncode == 0:
+        return True
+    said = done.stderr.decode(errors="replace").strip()
+    if os.strerror(errno.EBUSY) in said or find_mount(mountpoint) is None:
+        return find_mount(mountpoint) is None  # somebody else may have taken it away meanwhile
+    raise CachefsError(f"umount {mountpoint}", f"{said}; as root, `umount {mountpoint}` may know better")
 
 
 def abort_connection(device: str) -> bool:

@@ -46,11 +46,19 @@ def run_in_foreground(config: Path, mountpoint: Path, ready_fd: int | None) -> N
 
 def _check_mountpoint(mountpoint: Path) -> Path:
     """The absolute path of a directory where nothing of ours is mounted yet."""
-    from cachefs import mounts
+    from cachefs import mounts, statusview
 
     absolute = Path(os.path.abspath(mountpoint))
     found = mounts.find_mount(absolute)
     if found is not None and found[0] == mounts.FILE_SYSTEM_TYPE:
+        try:
+            statusview.read_one(absolute)
+        except statusview.DeadError:
+            mounts.try_unmount(absolute, lazy=True)
+            click.echo(f"{absolute} was left by a daemon that died; mounting anew", err=True)
+            return _check_mountpoint(absolute)
+        except TimeoutError:
+            pass
         raise CachefsError(f"mount at {absolute}", f"something is served there already: cachefs umount {absolute}")
     if not absolute.is_dir():
         raise CachefsError(f"mount at {absolute}", f"there is no such directory: mkdir -p {absolute}")

@@ -54,10 +54,8 @@ def _daemon_pid(mountpoint: Path) -> int | None:
 
 def _wait_until_free(mountpoint: Path, say: Callable[[str], None]) -> None:
     said, said_at = "", 0.0
-    while (refusal := mounts.try_unmount(mountpoint)) is not None:
-        if mounts.find_mount(mountpoint) is None:
-            return  # somebody else took it away meanwhile
-        waits = "; ".join(mounts.find_holders(mountpoint)) or refusal
+    while not mounts.try_unmount(mountpoint):
+        waits = "; ".join(mounts.find_holders(mountpoint)) or "somebody whose files we may not see (ask as root)"
         if waits != said or time.monotonic() - said_at > SAY_S:
             said, said_at = waits, time.monotonic()
             say(f"waiting for {waits} (Ctrl-C leaves the mount as it is)")

@@ -278,8 +278,10 @@ class Dataplane:
     @staticmethod
     async def _seek(disk: Disk, offset: int, whence: int) -> int | None:
         """The next data or hole at or behind *offset*; None when there is no more data. A hole is at the end at last."""
+        limit = 4  # the answer is mostly the first or second extent
         while offset < disk.size:
-            extents = await disk.top.extents(offset, disk.size - offset)
+            extents = await disk.top.extents(offset, disk.size - offset, limit)
+            limit = min(1024, limit * 4)
             for extent in extents:
                 if (extent.kind is ExtentKind.DATA) == (whence == SEEK_DATA):
                     return extent.offset

@@ -206,8 +206,7 @@ class BlockStore:
         for first in range(0, total, _CHUNK_SECTORS):
             count = min(_CHUNK_SECTORS, total - first)
             content = os.pread(self.map_file.descriptor, count * SECTOR_SIZE, HEADER_SIZE + first * SECTOR_SIZE)
-            content = content.ljust(count * SECTOR_SIZE, b"\0")  # never written: ABSENT
-            if not any(content):
+            if not content.strip(b"\0"):  # never written: all ABSENT
                 continue
             for index in range(count):
                 sector = content[index * SECTOR_SIZE : (index + 1) * SECTOR_SIZE]
@@ -248,9 +247,14 @@ def _open_now(path: Path, name: str, header: Header) -> BlockStore:
     try:
         for part in ("data", "map"):
             descriptors.append(os.open(path / part, os.O_RDWR))
-        size = os.fstat(descriptors[0]).st_size
-        if size != header.size:
-            raise FormatError(str(path / "data"), f"has {size} bytes, its header says {header.size}; restore a backup")
+        for part, descriptor, wanted in zip(
+            ("data", "map"), descriptors, (header.size, files.map_size(header)), strict=True
+        ):
+            size = os.fstat(descriptor).st_size
+            if size != wanted:
+                raise FormatError(
+                    str(path / part), f"has {size} bytes and should have {wanted}; restore it from a backup"
+                )
         data, map_file = LocalFile(descriptors[0], header.size), LocalFile(descriptors[1], 0)
         store = BlockStore(path, name, header, data, map_file, files.bump_epoch(path))
     except OSError as exc:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cachefs.errors import FormatError, LockedError, StoreError
-from cachefs.store.blockmap import SECTOR_SIZE
+from cachefs.store.blockmap import SECTOR_SIZE, sector_count
 from cachefs.store.identity import Identity
 
 MAGIC = b"cachefs\n"
@@ -96,6 +96,11 @@ def decode_header(content: bytes, where: str) -> Header:
     return Header(size, block_size, identity, bool(flags & _EPHEMERAL), uuid.UUID(bytes=identifier))
 
 
+def map_size(header: Header) -> int:
+    """Bytes of the map file. It has them from the start, so that one which was cut short is noticed."""
+    return HEADER_SIZE + sector_count(-(-header.size // header.block_size)) * SECTOR_SIZE
+
+
 def create(path: Path, header: Header) -> None:
     """Make the store's directory with an empty map.
 
@@ -107,7 +112,7 @@ def create(path: Path, header: Header) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(mode=0o700)
         _write_synced(temporary / "data", b"", size=header.size)
-        _write_synced(temporary / "map", header.encode())
+        _write_synced(temporary / "map", header.encode(), size=map_size(header))
         _write_synced(temporary / "epoch", _EPOCH.pack(0))
         _write_synced(temporary / "lock", b"")
         sync_directory(temporary)

@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, TypeVar
@@ -36,6 +37,7 @@ T = TypeVar("T")
 
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10
 TMPFS_MAGIC, NFS_MAGIC, FUSE_MAGIC = 0x01021994, 0x6969, 0x65735546
+BLOCK_DEVICE = 0  # in place of a magic
 THREADS_PER_FILE_SYSTEM = 16
 SLOW_WRITE_S = 0.002
 SLOW_PERIOD_S = 0.1
@@ -79,8 +81,11 @@ class FileSystem:
 
     @classmethod
     def of(cls, descriptor: int) -> FileSystem:
-        magic = file_system_magic(descriptor)
-        return cls._known.setdefault((os.fstat(descriptor).st_dev, magic), cls(magic))
+        status = os.fstat(descriptor)
+        # The node of a block device lies in devtmpfs, which says nothing about the device.
+        is_device = stat.S_ISBLK(status.st_mode)
+        key = (status.st_rdev, BLOCK_DEVICE) if is_device else (status.st_dev, file_system_magic(descriptor))
+        return cls._known.setdefault(key, cls(key[1]))
 
     @property
     def may_hang(self) -> bool:
