@@ -13,6 +13,7 @@ flush fails and writes are refused until the disk is attached anew, because the 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import AsyncIterator
@@ -22,11 +23,14 @@ import trio
 
 from cachefs.errors import BackendError, ReadOnlyError, StoreError, from_os_error
 from cachefs.extent import Extent, ExtentKind
-from cachefs.layers.base import ALL_CAPS, Caps, Environment, Geometry, Options, Statistics
+from cachefs.layers.base import ALL_CAPS, Caps, Done, Environment, Geometry, Options, Statistics
 from cachefs.store.identity import Identity, identity_of_device, identity_of_file
 from cachefs.store.imagelock import lock_image
 from cachefs.store.localfile import LocalFile
+from cachefs.store.rounds import FlushRounds
 from cachefs.units import LocalPath
+
+log = logging.getLogger(__name__)
 
 _ZEROS = memoryview(bytes(1 << 20))
 
@@ -55,18 +59,25 @@ class File:
         self._failed: BackendError | None = None
         self.try_read_into = file.try_read
         self._written = False
+        self._rounds = FlushRounds(name, self._begin_round, self._sync, self._end_round)
 
     @classmethod
     @asynccontextmanager
     async def open(cls, config: FileConfig, env: Environment) -> AsyncIterator[File]:
         """Raises: StoreError when the path is missing, no image, empty, or held by somebody else."""
-        backend = await trio.to_thread.run_sync(_open_now, cls, config, env)
+        name = f"{env.owner}/file"
+        file, identity, is_device = await trio.to_thread.run_sync(_open_now, name, str(config.path), env.writable)
+        backend = cls(name, str(config.path), file, identity, device=is_device, writable=env.writable)
         try:
             yield backend
-            if env.writable and backend._failed is None:
-                with trio.CancelScope(shield=True):
-                    await backend.flush()
         finally:
+            with trio.CancelScope(shield=True):
+                try:
+                    await backend.flush()
+                except BackendError as exc:
+                    log.error("%s: the last flush failed: %s", backend.name, exc)
+                await backend._rounds.wait_idle()
+            backend._rounds.close()
             backend._file.close()
 
     def try_write(self, offset: int, data: memoryview) -> bool:
@@ -93,13 +104,31 @@ class File:
         if self._failed is not None:
             raise ReadOnlyError(self.name, f"read-only since an earlier error: {self._failed.detail}")
 
+    def try_flush(self, done: Done) -> bool:
+        if self._failed is not None or not self._written:
+            done(self._failed)
+        else:
+            self._rounds.ask(done)
+        return True
+
     async def flush(self) -> None:
         if self._failed is not None:
             raise self._failed
-        if not self._written:
-            return
+        if self._written:
+            await self._rounds.flush()
+
+    def _begin_round(self) -> None:
+        self._file.file_system.slow += 1
+
+    def _end_round(self, _: None, error: Exception | None) -> None:
+        self._file.file_system.slow -= 1
+
+    def _sync(self, _: None) -> None:
+        """One round, in its thread."""
+        if self._failed is not None:
+            raise self._failed
         try:
-            await self._file.sync()
+            os.fdatasync(self._file.descriptor)
         except OSError as exc:
             self._failed = BackendError(
                 self.name,
@@ -155,13 +184,13 @@ class File:
         return Statistics(self.name, values)
 
 
-def _open_now(cls: type[File], config: FileConfig, env: Environment) -> File:
-    name, path = f"{env.owner}/file", str(config.path)
+def _open_now(name: str, path: str, writable: bool) -> tuple[LocalFile, Identity, bool]:
+    """The open file, what it is known by, and whether it is a block device."""
     try:
         mode = os.stat(path).st_mode  # before the open: to open a pipe would wait for its other end
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise StoreError(name, f"{path} is neither a regular file nor a block device; name a raw image")
-        descriptor = os.open(path, os.O_RDWR if env.writable else os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
     except OSError as exc:
         raise StoreError(name, f"cannot open {path}: {exc.strerror}; check backend.file.path") from exc
     try:
@@ -169,9 +198,9 @@ def _open_now(cls: type[File], config: FileConfig, env: Environment) -> File:
         size = os.lseek(descriptor, 0, os.SEEK_END)
         if size == 0:
             raise StoreError(name, f"{path} is empty, and a disk cannot be: `truncate -s 20G {path}` gives it a size")
-        lock_image(descriptor, f"{name}: {path}", writable=env.writable)
+        lock_image(descriptor, f"{name}: {path}", writable=writable)
         identity = identity_of_device(descriptor, size) if is_device else identity_of_file(descriptor)
-        return cls(name, path, LocalFile(descriptor, size), identity, device=is_device, writable=env.writable)
+        return LocalFile(descriptor, size), identity, is_device
     except BaseException:
         os.close(descriptor)
         raise

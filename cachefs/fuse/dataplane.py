@@ -173,10 +173,15 @@ class Dataplane:
 
     def _handle_other(self, disk: Disk, buffer: Buffer, opcode: int, unique: int, length: int) -> bool:
         if opcode == FSYNC:
+            if disk.top.try_flush(lambda error: self._flushed(disk, unique, error)):
+                return True
             self._later(self._fsync, disk, buffer, unique)
             return False
         if opcode == FLUSH:
-            error = disk.top.pending_error()
+            try:
+                error = disk.top.pending_error()
+            except Exception as exc:
+                return self._refuse(unique, self._boundary.errno_of(exc, f"FLUSH of {disk.name}"))
             code = 0 if error is None else error.errno if isinstance(error, CachefsError) else errno.EIO
             return self._refuse(unique, code)
         if opcode == INTERRUPT:
@@ -213,6 +218,11 @@ class Dataplane:
         if beyond:
             return errno.EOPNOTSUPP if mode & FALLOC_KEEP_SIZE else errno.EFBIG
         return 0 if mode in (0, FALLOC_KEEP_SIZE) or not length else None
+
+    def _flushed(self, disk: Disk, unique: int, error: Exception | None) -> None:
+        """Answer an FSYNC; in the thread of the flush."""
+        code = 0 if error is None else self._boundary.errno_of(error, f"FSYNC of {disk.name}")
+        self.reply(error_reply(unique, code))
 
     # ---- requests that wait
 

@@ -11,7 +11,7 @@ them). Lock order: one range here, then the child's own.
 from __future__ import annotations
 
 from cachefs.extent import Extent
-from cachefs.layers.base import Geometry, Layer, Statistics
+from cachefs.layers.base import Done, Geometry, Layer, Statistics
 from cachefs.rangelock import RangeLocks
 from cachefs.units import align_down, align_up, split_aligned
 
@@ -108,6 +108,9 @@ class Align:
                     await self._write_completed(edge.offset, memoryview(bytes(edge.length)))
         finally:
             self._locks.release(hold)
+
+    def try_flush(self, done: Done) -> bool:
+        return self.child.try_flush(done)
 
     async def flush(self) -> None:
         await self.child.flush()

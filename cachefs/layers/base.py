@@ -27,9 +27,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import pydantic
 
 from cachefs.extent import Extent
+from cachefs.store.rounds import Done
 
 if TYPE_CHECKING:
     from cachefs.store.identity import Identity
+
+__all__ = ["ALL_CAPS", "MAX_IO", "Caps", "Done", "Environment", "Geometry", "Layer", "Options", "Slow", "Statistics"]
 
 MAX_IO = 1 << 20  # what one FUSE request can carry, and the most a layer hands down at once by default
 
@@ -107,6 +110,9 @@ class Layer(Protocol):
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool: ...
     def try_write(self, offset: int, data: memoryview) -> bool: ...
+    def try_flush(self, done: Done) -> bool:
+        """Begin what `flush` does and have *done* told its end, in any thread; or return False, done nothing."""
+
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill all of *buffer* or raise."""
 
@@ -158,4 +164,7 @@ class Slow:
         return False
 
     def try_write(self, offset: int, data: memoryview) -> bool:
+        return False
+
+    def try_flush(self, done: Done) -> bool:
         return False

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from cachefs.errors import ReadOnlyError, RequestError
 from cachefs.extent import Extent, ExtentKind
-from cachefs.layers.base import ALL_CAPS, Caps, Geometry, Layer, Statistics
+from cachefs.layers.base import ALL_CAPS, Caps, Done, Geometry, Layer, Statistics
 
 _ZEROS = memoryview(bytes(1 << 20))
 
@@ -70,6 +70,16 @@ class Checked:
             self.fast_writes += 1
             self.written_bytes += length
             return True
+        return False
+
+    def try_flush(self, done: Done) -> bool:
+        if Caps.FLUSH not in self.child.caps:
+            done(None)
+            return True
+        self.flushes += 1
+        if self.child.try_flush(done):
+            return True
+        self.flushes -= 1
         return False
 
     # ---- slow path

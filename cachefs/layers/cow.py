@@ -32,7 +32,7 @@ import trio
 
 from cachefs.errors import BaseChangedError, NoSpaceError, StoreError, from_os_error
 from cachefs.extent import Extent, ExtentKind, merge_extents
-from cachefs.layers.base import ALL_CAPS, Environment, Geometry, Layer, Options, Statistics
+from cachefs.layers.base import ALL_CAPS, Done, Environment, Geometry, Layer, Options, Statistics
 from cachefs.store import files
 from cachefs.store.blockmap import Run, State
 from cachefs.store.blockstore import BlockStore, open_store, read_header
@@ -154,16 +154,20 @@ class Cow:
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         # A pin, not a lock: a writer beside us may or may not be seen, but nothing that we look up is freed meanwhile.
         with self._locks.pin(offset >> self._shift, ((offset + len(buffer) - 1) >> self._shift) + 1):
+            absent = []
             for run in list(self._map.runs(offset, len(buffer))):
                 part = buffer[run.offset - offset : run.offset - offset + run.length]
                 if run.state is State.ZERO:
                     part[:] = bytes(run.length)
                 elif run.state is State.ABSENT:
-                    # It may have become DATA or ZERO since: then that request overlaps this one, and the base is as right.
-                    self._child_read_bytes += run.length
-                    await self.child.read_into(run.offset, part)
+                    absent.append((run.offset, part))
                 else:
                     await self._read_data(run.offset, part)
+        # The base is read under no pin: a punch that waits for one would hold up writers of blocks that nobody reads.
+        # What was absent may have become DATA or ZERO since: then that request overlaps this one, and the base is as right.
+        for start, part in absent:
+            self._child_read_bytes += len(part)
+            await self.child.read_into(start, part)
 
     async def _read_data(self, offset: int, buffer: memoryview) -> None:
         if self._data.try_read(offset, buffer):
@@ -264,24 +268,28 @@ class Cow:
             if edge.length and self._map.state(edge.offset >> self._shift) is not State.ZERO:
                 await self._write_locked(edge.offset, bytes(edge.length))
 
+    def try_flush(self, done: Done) -> bool:
+        self.store.ask_flush(done)
+        return True
+
     async def flush(self) -> None:
         await self.store.flush()
 
     async def extents(self, offset: int, length: int, limit: int = 1024) -> list[Extent]:
-        with self._locks.pin(offset >> self._shift, ((offset + length - 1) >> self._shift) + 1):
-            found: list[Extent] = []
-            for run in self._first_runs(offset, length, limit):
-                if run.state is State.DATA:
-                    found.append(Extent(run.offset, run.length, ExtentKind.DATA))
-                elif run.state is State.ZERO:
-                    found.append(Extent(run.offset, run.length, ExtentKind.ZERO))
-                else:
-                    below = await self.child.extents(run.offset, run.length, max(1, limit - len(found)))
-                    found.extend(below)
-                    if below[-1].end < run.offset + run.length:
-                        break  # the child told a prefix; so do we
-                if len(found) >= limit:
-                    break
+        # No pin: nothing is taken from the overlay's file, and the child may take its time.
+        found: list[Extent] = []
+        for run in self._first_runs(offset, length, limit):
+            if run.state is State.DATA:
+                found.append(Extent(run.offset, run.length, ExtentKind.DATA))
+            elif run.state is State.ZERO:
+                found.append(Extent(run.offset, run.length, ExtentKind.ZERO))
+            else:
+                below = await self.child.extents(run.offset, run.length, max(1, limit - len(found)))
+                found.extend(below)
+                if below[-1].end < run.offset + run.length:
+                    break  # the child told a prefix; so do we
+            if len(found) >= limit:
+                break
         return merge_extents(found)
 
     def _first_runs(self, offset: int, length: int, limit: int) -> list[Run]:

@@ -39,7 +39,7 @@ from cachefs.store import files
 from cachefs.store.blockmap import SECTOR_SIZE, BlockMap, SectorCopy, State, working_size
 from cachefs.store.files import HEADER_SIZE, Header
 from cachefs.store.localfile import LocalFile
-from cachefs.store.rounds import FlushRounds
+from cachefs.store.rounds import Done, FlushRounds
 from cachefs.survivor import SurvivorMemory
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class BlockStore:
         self.map = BlockMap(self.memory.body, blocks, header.block_size)
         self.failed: CachefsError | None = None  # set once, never cleared while the store is open
         self.durable = True
-        self.rounds: FlushRounds  # set by open_store, whose nursery it needs
+        self.rounds = FlushRounds(name, self._begin_round, lambda copies: self._make_durable(copies), self._end_round)
         self.punched_bytes = 0
         self._can_punch = True
         self._punches: trio.MemorySendChannel[tuple[int, int]]
@@ -74,29 +74,39 @@ class BlockStore:
 
     # ---- durability
 
-    async def flush(self) -> None:
-        """What was published before the call is durable on return.
+    def ask_flush(self, done: Done) -> None:
+        """What was published before the call is durable when *done* is called, or it gets the reason why not.
 
-        Raises: the failure of the store's fdatasync, now and ever after; NoSpaceError when the map had no room.
+        Errors: the failure of the store's fdatasync, now and ever after; NoSpaceError when the map had no room.
         """
-        if not self.durable:
-            return
-        await self.rounds.flush()
+        if self.failed is not None or not self.durable:
+            done(self.failed)
+        else:
+            self.rounds.ask(done)
 
-    async def _round(self) -> None:
+    async def flush(self) -> None:
+        """`ask_flush`, and wait; errors are raised."""
         if self.failed is not None:
             raise self.failed
-        copies = self.map.begin_round()
-        with self.data.file_system.busy():
-            try:
-                await self.data.run(self._make_durable, copies)
-            except BaseException:
-                self.map.abandon_round()
-                raise
-        self.map.end_round()
+        if self.durable:
+            await self.rounds.flush()
+
+    def _begin_round(self) -> list[SectorCopy]:
+        """Step 1."""
+        self.data.file_system.slow += 1
+        return self.map.begin_round()
+
+    def _end_round(self, _: list[SectorCopy], error: Exception | None) -> None:
+        self.data.file_system.slow -= 1
+        if error is None:
+            self.map.end_round()
+        else:
+            self.map.abandon_round()
 
     def _make_durable(self, copies: list[SectorCopy]) -> None:
-        """Steps 2 to 4, in a thread."""
+        """Steps 2 to 4, in the thread of the rounds."""
+        if self.failed is not None:  # by the round before this one
+            raise self.failed
         try:
             os.fdatasync(self.data.descriptor)
         except OSError as exc:
@@ -200,8 +210,8 @@ class BlockStore:
 
     # ---- opening
 
-    def _load_map(self) -> None:
-        """Raises: FormatError."""
+    def load_map(self) -> None:
+        """Fill the working map from the map file; blocks. Raises: FormatError."""
         total = self.map.sectors
         for first in range(0, total, _CHUNK_SECTORS):
             count = min(_CHUNK_SECTORS, total - first)
@@ -213,6 +223,7 @@ class BlockStore:
                 self.map.load(first + index, sector, str(self.path / "map"))
 
     def close_files(self) -> None:
+        self.rounds.close()
         self.memory.close()
         self.data.close()
         self.map_file.close()
@@ -242,35 +253,26 @@ def read_header(path: Path) -> Header:
     return files.decode_header(content, str(path / "map"))
 
 
-def _open_now(path: Path, name: str, header: Header) -> BlockStore:
+def _open_files(path: Path, header: Header) -> tuple[LocalFile, LocalFile, int]:
+    """Data, map, and the epoch that this opening began."""
     descriptors: list[int] = []
     try:
-        for part in ("data", "map"):
+        for part, wanted in (("data", header.size), ("map", files.map_size(header))):
             descriptors.append(os.open(path / part, os.O_RDWR))
-        for part, descriptor, wanted in zip(
-            ("data", "map"), descriptors, (header.size, files.map_size(header)), strict=True
-        ):
-            size = os.fstat(descriptor).st_size
+            size = os.fstat(descriptors[-1]).st_size
             if size != wanted:
                 raise FormatError(
                     str(path / part), f"has {size} bytes and should have {wanted}; restore it from a backup"
                 )
-        data, map_file = LocalFile(descriptors[0], header.size), LocalFile(descriptors[1], 0)
-        store = BlockStore(path, name, header, data, map_file, files.bump_epoch(path))
-    except OSError as exc:
+        data, map_file = LocalFile(descriptors[0], header.size), LocalFile(descriptors[1], files.map_size(header))
+        return data, map_file, files.bump_epoch(path)
+    except BaseException as exc:
         for descriptor in descriptors:
             os.close(descriptor)
-        raise StoreError(str(path), f"cannot open the store: {exc.strerror}; check its rights and its device") from exc
-    except BaseException:
-        for descriptor in descriptors:
-            os.close(descriptor)
+        if isinstance(exc, OSError):
+            detail = f"cannot open the store: {exc.strerror}; check its rights and its device"
+            raise StoreError(str(path), detail) from exc
         raise
-    try:
-        store._load_map()
-    except BaseException:
-        store.close_files()
-        raise
-    return store
 
 
 @asynccontextmanager
@@ -279,11 +281,12 @@ async def open_store(path: Path, name: str, header: Header, *, durable: bool = T
 
     Raises: StoreError, FormatError.
     """
-    store = await trio.to_thread.run_sync(_open_now, path, name, header)
+    data, map_file, epoch = await trio.to_thread.run_sync(_open_files, path, header)
+    store = BlockStore(path, name, header, data, map_file, epoch)
     store.durable = durable
     try:
+        await trio.to_thread.run_sync(store.load_map)
         async with trio.open_nursery() as nursery:
-            store.rounds = FlushRounds(nursery, store._round, name)
             store._punches, ranges = trio.open_memory_channel[tuple[int, int]](float("inf"))
             nursery.start_soon(store._puncher, ranges)
             nursery.start_soon(store._punch_leftovers)
@@ -291,9 +294,19 @@ async def open_store(path: Path, name: str, header: Header, *, durable: bool = T
                 yield store
                 with trio.CancelScope(shield=True):
                     await store.wait_punched()
-                    if store.failed is None:
-                        await store.flush()
             finally:
+                # Also when we are cancelled: what was acknowledged goes to disk if it can.
+                with trio.CancelScope(shield=True):
+                    await _flush_last(store)
                 nursery.cancel_scope.cancel()
     finally:
+        with trio.CancelScope(shield=True):  # its thread uses the descriptors
+            await store.rounds.wait_idle()
         store.close_files()
+
+
+async def _flush_last(store: BlockStore) -> None:
+    try:
+        await store.flush()
+    except CachefsError as exc:
+        log.error("%s: the last flush failed: %s", store.name, exc)

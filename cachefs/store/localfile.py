@@ -212,11 +212,6 @@ class LocalFile:
         with self.file_system.busy():
             await self.run(fallocate, self.descriptor, ZERO_RANGE | KEEP_SIZE, offset, length)
 
-    async def sync(self) -> None:
-        """fdatasync. An error is final for what was written before it: the kernel may have dropped the pages."""
-        with self.file_system.busy():
-            await self.run(os.fdatasync, self.descriptor)
-
     async def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
         """What SEEK_DATA and SEEK_HOLE tell: a non-empty prefix of the range, at most *limit* entries."""
         return await self.run(self.extents_now, offset, length, limit)
