@@ -28,7 +28,7 @@ from cachefs.fuse import namespace
 from cachefs.fuse.boundary import Boundary
 from cachefs.fuse.channel import Channel, mount_device
 from cachefs.fuse.dataplane import Dataplane
-from cachefs.fuse.protocol import Open
+from cachefs.fuse.protocol import MAX_BACKGROUND, Open
 from cachefs.notify import notify
 
 log = logging.getLogger(__name__)
@@ -71,25 +71,28 @@ class Daemon:
     async def _serve(self, device: int, disks: Sequence[Disk], ready: Callable[[], None]) -> None:
         directory = namespace.Namespace(disks, self._boundary, str(self._config.state_dir), self.status)
         flags = {disk.inode: _open_flags(disk) for disk in disks}
-        async with trio.open_nursery() as services:
-            channel: Channel | None = None
-            try:
-                async with trio.open_nursery() as requests:
-                    self._dataplane = Dataplane(device, disks, requests, self._boundary)
-                    channel = Channel(device, self._dataplane, flags, self._config.poll)
-                    services.start_soon(namespace.serve, directory, channel.libfuse_path)
-                    services.start_soon(channel.serve_replies)
-                    services.start_soon(self._watch_signals, services.cancel_scope, requests.cancel_scope)
-                    services.start_soon(self._watch_lag)
-                    services.start_soon(self._announce, ready)
-                    gc.collect()
-                    gc.freeze()  # what lives from here on is requests; do not walk the rest again
-                    await channel.serve_requests()
-                    # The mount is gone. What a request still does is for the disk, and is waited for.
-            finally:
-                services.cancel_scope.cancel()
-                if channel is not None:
-                    channel.close()
+        channel: Channel | None = None
+        try:
+            async with trio.open_nursery() as services:
+                try:
+                    async with trio.open_nursery() as requests:
+                        self._dataplane = Dataplane(device, disks, requests, self._boundary, _effective_background())
+                        channel = Channel(device, self._dataplane, flags, self._config.poll)
+                        services.start_soon(namespace.serve, directory, channel.hand_over())
+                        services.start_soon(channel.serve_replies)
+                        services.start_soon(self._watch_signals, services.cancel_scope, requests.cancel_scope)
+                        services.start_soon(self._dataplane.waiting.watch_clients)
+                        services.start_soon(self._watch_lag)
+                        services.start_soon(self._announce, ready)
+                        gc.collect()
+                        gc.freeze()  # what lives from here on is requests; do not walk the rest again
+                        await channel.serve_requests()
+                        # The mount is gone. What a request still does is for the disk, and is waited for.
+                finally:
+                    services.cancel_scope.cancel()
+        finally:
+            if channel is not None:
+                channel.close()  # now that nobody reads from it any more: one who was just woken would find it closed
 
     async def _announce(self, ready: Callable[[], None]) -> None:
         """Say that we serve, once the mount has answered somebody else."""
@@ -160,7 +163,7 @@ class Daemon:
             "mountpoint": str(self._mountpoint),
             "uptime_s": round(time.time() - self._started, 1),
             "requests": dataplane.statistics(),
-            "waiting_requests": dataplane.waiting,
+            **dataplane.waiting.statistics(),
             "malformed_requests": dataplane.malformed,
             "request_errors": self._boundary.request_errors,
             "internal_errors": self._boundary.internal_errors,
@@ -183,6 +186,17 @@ def mount_options(disks: Sequence[Disk]) -> str:
     if os.getuid() == 0 or any(disk.mode & 0o077 for disk in disks) or _users_may_allow_other():
         options += ",allow_other"
     return options
+
+
+def _effective_background() -> int:
+    """max_background as the kernel takes it: it cuts what a user asks for."""
+    if os.getuid() == 0:
+        return MAX_BACKGROUND
+    try:
+        limit = int(Path("/sys/module/fuse/parameters/max_user_bgreq").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return MAX_BACKGROUND
+    return min(MAX_BACKGROUND, limit) if limit else MAX_BACKGROUND
 
 
 def _users_may_allow_other() -> bool:

@@ -27,7 +27,8 @@ from pathlib import Path
 import trio
 
 from cachefs.errors import CachefsError
-from cachefs.fuse.dataplane import DATA_OPCODES, REQUEST_AT, Dataplane
+from cachefs.fuse.buffers import REQUEST_AT
+from cachefs.fuse.dataplane import DATA_OPCODES, Dataplane
 from cachefs.fuse.polling import PollWindow
 from cachefs.fuse.protocol import (
     IN_HEADER,
@@ -85,7 +86,7 @@ def mount_device(mountpoint: Path, options: str) -> int:
 class Channel:
     """Moves requests and replies. open_flags: the flags of an OPEN's reply by inode, for the files that are disks.
 
-    device is ours to close; `libfuse_path` is what pyfuse3.init takes as its mountpoint.
+    device is ours to close.
     """
 
     def __init__(self, device: int, dataplane: Dataplane, open_flags: Mapping[int, Open], poll: float) -> None:
@@ -102,13 +103,13 @@ class Channel:
         self._opens: dict[int, int] = {}  # unique of each OPEN under way -> inode
         self._turn_due = False  # another task has something to do: do not poll past it
 
-    @property
-    def libfuse_path(self) -> str:
-        return f"/dev/fd/{self._theirs.fileno()}"
+    def hand_over(self) -> str:
+        """What pyfuse3.init takes as its mountpoint; the descriptor is libfuse's from here on, which closes it."""
+        return f"/dev/fd/{self._theirs.detach()}"
 
     def close(self) -> None:
         self._ours.close()
-        self._theirs.close()
+        self._theirs.close()  # a no-op once it was handed over
         os.close(self._device)
 
     # ---- kernel to us
@@ -131,7 +132,7 @@ class Channel:
                 if handled < 0:
                     return
                 now = time.perf_counter()
-                waiting = self._dataplane.waiting
+                waiting = self._dataplane.waiting.table
                 if handled == BATCH or self._turn_due or now - ran_since > LONGEST_RUN_S or (waiting and handled):
                     self._turn_due = False
                     await trio.lowlevel.checkpoint()

@@ -1,13 +1,8 @@
 """READ, WRITE, FSYNC, FLUSH, FALLOCATE and LSEEK, straight from the request's bytes to the stack and back.
 
 A READ or WRITE is first offered to the fast path: a plain call down the stack that finishes it here and now. Where that
-says False, or where a request has to wait by nature, a task takes it over together with its buffer.
-
-A pooled buffer is laid out so that the data of a WRITE and of a READ's reply begin on a page, and nothing is copied:
-
-    ... | 80 bytes: header + WRITE_IN | data, 1 MiB ... |        as it comes from the kernel
-    ...            | 16 bytes: header | data ...        |        as a READ's reply goes back
-                                      ^ DATA_AT
+says False, or where a request has to wait by nature, `cachefs.fuse.waiting` takes it over together with its buffer
+(`cachefs.fuse.buffers` has the layout).
 
 Traps, each of which has its test: O_DIRECT + O_DSYNC sends no FSYNC, so such a WRITE is flushed before its reply. FLUSH is
 close(): it reports pending errors and flushes nothing. While an FSYNC, FALLOCATE or LSEEK waits the kernel lets no write of
@@ -20,10 +15,9 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import trio
 
@@ -31,6 +25,7 @@ from cachefs.disk import Disk
 from cachefs.errors import CachefsError
 from cachefs.extent import ExtentKind
 from cachefs.fuse.boundary import Boundary
+from cachefs.fuse.buffers import BODY_AT, DATA_AT, REPLY_AT, REQUEST_AT, Buffer, BufferPool
 from cachefs.fuse.protocol import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
@@ -39,6 +34,7 @@ from cachefs.fuse.protocol import (
     IN_HEADER,
     LSEEK_IN,
     LSEEK_REPLY,
+    MAX_BACKGROUND,
     MAX_WRITE,
     OPCODE_NAMES,
     OUT_HEADER,
@@ -50,14 +46,10 @@ from cachefs.fuse.protocol import (
     Opcode,
     error_reply,
 )
+from cachefs.fuse.waiting import Request, Waiting
 
 log = logging.getLogger(__name__)
 
-PAGE = 4096
-DATA_AT = PAGE
-REQUEST_AT = DATA_AT - WRITE_REQUEST_SIZE
-BODY_AT = REQUEST_AT + IN_HEADER.size
-REPLY_AT = DATA_AT - OUT_HEADER.size
 O_SYNCS = os.O_DSYNC | os.O_SYNC
 LSEEK_PATIENCE_S = 2.0
 SEEK_DATA, SEEK_HOLE = os.SEEK_DATA, os.SEEK_HOLE
@@ -67,45 +59,25 @@ FALLOCATE, LSEEK, INTERRUPT = int(Opcode.FALLOCATE), int(Opcode.LSEEK), int(Opco
 DATA_OPCODES = frozenset((READ, WRITE, FSYNC, FLUSH, FALLOCATE, LSEEK, INTERRUPT))
 
 
-class Buffer:
-    """Room for one request or READ reply; `vector` is what a readv of a request fills."""
-
-    __slots__ = ("vector", "view")
-
-    def __init__(self) -> None:
-        self.view = memoryview(mmap.mmap(-1, DATA_AT + MAX_WRITE + PAGE))
-        self.vector = (self.view[REQUEST_AT:],)
-
-
-class BufferPool:
-    """Buffers that are free; a few dozen are kept."""
-
-    KEPT = 128
-
-    def __init__(self) -> None:
-        self._free: list[Buffer] = []
-
-    def take(self) -> Buffer:
-        return self._free.pop() if self._free else Buffer()
-
-    def give_back(self, buffer: Buffer) -> None:
-        if len(self._free) < self.KEPT:
-            self._free.append(buffer)
-
-
 class Dataplane:
     """Serves the data requests of all disks of a mount.
 
     device: the descriptor that replies are written to. nursery: where requests wait that cannot be finished at once.
     """
 
-    def __init__(self, device: int, disks: Sequence[Disk], nursery: trio.Nursery, boundary: Boundary) -> None:
+    def __init__(
+        self,
+        device: int,
+        disks: Sequence[Disk],
+        nursery: trio.Nursery,
+        boundary: Boundary,
+        background: int = MAX_BACKGROUND,
+    ) -> None:
         self._device = device
         self._disks = {disk.inode: disk for disk in disks}
-        self._nursery = nursery
         self._boundary = boundary
         self.pool = BufferPool()
-        self.waiting = 0  # requests that a task has
+        self.waiting = Waiting(nursery, self.pool, boundary, self.reply, self._work, background)
         self.counts = [0] * 64  # by opcode, of all requests, namespace included
         self.malformed = 0
         self.now_ns = time.time_ns()  # brought up to date once per batch by the channel
@@ -140,11 +112,14 @@ class Dataplane:
                 OUT_HEADER.pack_into(view, REPLY_AT, OUT_HEADER.size + size, 0, unique)
                 self.reply(view[REPLY_AT : DATA_AT + size])
                 return True
-            self._later(self._read, disk, buffer, unique, offset, size)
-            return False
+            return self._later(Request(disk, READ, unique, self._pid(view), offset, size), buffer)
         if opcode == WRITE:
             return self._handle_write(disk, buffer, unique, length)
-        return self._handle_other(disk, buffer, opcode, unique, length)
+        try:
+            return self._handle_other(disk, buffer, opcode, unique, length)
+        except Exception as exc:
+            name = OPCODE_NAMES.get(opcode, opcode)
+            return self._refuse(unique, self._boundary.errno_of(exc, f"{name} of {disk.name}"))
 
     def _handle_write(self, disk: Disk, buffer: Buffer, unique: int, length: int) -> bool:
         view = buffer.view
@@ -168,20 +143,13 @@ class Dataplane:
             if done:
                 self.reply(WRITE_REPLY.pack(WRITE_REPLY.size, 0, unique, size, 0))
                 return True
-        self._later(self._write, disk, buffer, unique, offset, size, bool(flags & O_SYNCS))
-        return False
+        return self._later(Request(disk, WRITE, unique, self._pid(view), offset, size, flags & O_SYNCS), buffer)
 
     def _handle_other(self, disk: Disk, buffer: Buffer, opcode: int, unique: int, length: int) -> bool:
         if opcode == FSYNC:
-            if disk.top.try_flush(lambda error: self._flushed(disk, unique, error)):
-                return True
-            self._later(self._fsync, disk, buffer, unique)
-            return False
+            return self._handle_fsync(Request(disk, FSYNC, unique, self._pid(buffer.view)), buffer)
         if opcode == FLUSH:
-            try:
-                error = disk.top.pending_error()
-            except Exception as exc:
-                return self._refuse(unique, self._boundary.errno_of(exc, f"FLUSH of {disk.name}"))
+            error = disk.top.pending_error()
             code = 0 if error is None else error.errno if isinstance(error, CachefsError) else errno.EIO
             return self._refuse(unique, code)
         if opcode == INTERRUPT:
@@ -194,15 +162,36 @@ class Dataplane:
             answer = self._check_fallocate(disk, offset, count, mode)
             if answer is not None:
                 return self._refuse(unique, answer)
-            self._later(self._fallocate, disk, buffer, unique, offset, min(count, disk.size - offset), mode)
-        else:
-            _, offset, whence, _ = LSEEK_IN.unpack_from(buffer.view, BODY_AT)
-            if whence not in (SEEK_DATA, SEEK_HOLE):
-                return self._refuse(unique, errno.EINVAL)
-            if offset >= disk.size:
-                return self._refuse(unique, errno.ENXIO)
-            self._later(self._lseek, disk, buffer, unique, offset, whence)
-        return False
+            count = min(count, disk.size - offset)
+            return self._later(Request(disk, opcode, unique, self._pid(buffer.view), offset, count, mode), buffer)
+        _, offset, whence, _ = LSEEK_IN.unpack_from(buffer.view, BODY_AT)
+        if whence not in (SEEK_DATA, SEEK_HOLE):
+            return self._refuse(unique, errno.EINVAL)
+        if offset >= disk.size:
+            return self._refuse(unique, errno.ENXIO)
+        return self._later(Request(disk, opcode, unique, self._pid(buffer.view), offset, 0, whence), buffer)
+
+    def _handle_fsync(self, request: Request, buffer: Buffer) -> bool:
+        def done(error: Exception | None) -> None:
+            """In the thread of the flush, or here and now."""
+            code = 0 if error is None else self._boundary.errno_of(error, str(request))
+            self.waiting.finish(request, error_reply(request.unique, code))
+
+        self.waiting.register(request)
+        try:
+            begun = request.disk.top.try_flush(done)
+        except Exception:
+            del self.waiting.table[request.unique]
+            raise
+        if begun:
+            return True
+        del self.waiting.table[request.unique]
+        return self._later(request, buffer)
+
+    @staticmethod
+    def _pid(view: memoryview) -> int:
+        """Of the thread that the request in *view* is from."""
+        return int(IN_HEADER.unpack_from(view, REQUEST_AT)[6])
 
     @staticmethod
     def _check_fallocate(disk: Disk, offset: int, length: int, mode: int) -> int | None:
@@ -219,65 +208,46 @@ class Dataplane:
             return errno.EOPNOTSUPP if mode & FALLOC_KEEP_SIZE else errno.EFBIG
         return 0 if mode in (0, FALLOC_KEEP_SIZE) or not length else None
 
-    def _flushed(self, disk: Disk, unique: int, error: Exception | None) -> None:
-        """Answer an FSYNC; in the thread of the flush."""
-        code = 0 if error is None else self._boundary.errno_of(error, f"FSYNC of {disk.name}")
-        self.reply(error_reply(unique, code))
-
     # ---- requests that wait
 
-    def _later(
-        self, work: Callable[..., Awaitable[bytes | memoryview]], disk: Disk, buffer: Buffer, unique: int, *args: int
-    ) -> None:
-        self.waiting += 1
-        self._nursery.start_soon(self._finish, work, disk, buffer, unique, args)
+    def _later(self, request: Request, buffer: Buffer) -> bool:
+        return self.waiting.add(request, buffer)
 
-    async def _finish(
-        self,
-        work: Callable[..., Awaitable[bytes | memoryview]],
-        disk: Disk,
-        buffer: Buffer,
-        unique: int,
-        args: tuple[int, ...],
-    ) -> None:
-        """Await *work* and write its reply; the buffer is free afterwards, whatever happened."""
-        reply: bytes | memoryview = error_reply(unique, errno.EIO)  # for one that is cancelled
-        try:
-            reply = await work(disk, buffer, unique, *args)
-        except Exception as exc:
-            name = work.__name__.strip("_").upper()
-            where = "+".join(str(arg) for arg in args[:2])
-            reply = error_reply(unique, self._boundary.errno_of(exc, f"{name} {where} of {disk.name}"))
-        finally:
-            self.waiting -= 1
-            self.reply(reply)
-            self.pool.give_back(buffer)
+    async def _work(self, request: Request) -> bytes | memoryview:
+        """Carry *request* out and return its reply."""
+        disk, unique, offset, size = request.disk, request.unique, request.offset, request.size
+        match request.opcode:
+            case Opcode.READ:
+                return await self._read(request)
+            case Opcode.WRITE:
+                return await self._write(request)
+            case Opcode.FSYNC:
+                await disk.top.flush()
+                return error_reply(unique, 0)
+            case Opcode.LSEEK:
+                return await self._lseek(disk, unique, offset, request.flags)
+        disk.mtime_ns = time.time_ns()
+        if request.flags & FALLOC_PUNCH_HOLE:
+            await disk.top.trim(offset, size)
+        else:
+            await disk.top.zero(offset, size)
+        return error_reply(unique, 0)
 
-    async def _read(self, disk: Disk, buffer: Buffer, unique: int, offset: int, size: int) -> memoryview:
-        view = buffer.view
-        await disk.top.read_into(offset, view[DATA_AT : DATA_AT + size])
-        OUT_HEADER.pack_into(view, REPLY_AT, OUT_HEADER.size + size, 0, unique)
+    async def _read(self, request: Request) -> memoryview:
+        assert request.buffer is not None
+        view, size = request.buffer.view, request.size
+        await request.disk.top.read_into(request.offset, view[DATA_AT : DATA_AT + size])
+        OUT_HEADER.pack_into(view, REPLY_AT, OUT_HEADER.size + size, 0, request.unique)
         return view[REPLY_AT : DATA_AT + size]
 
-    async def _write(self, disk: Disk, buffer: Buffer, unique: int, offset: int, size: int, sync: bool) -> bytes:
-        await disk.top.write(offset, buffer.view[DATA_AT : DATA_AT + size])
-        if sync:
-            await disk.top.flush()
-        return WRITE_REPLY.pack(WRITE_REPLY.size, 0, unique, size, 0)
+    async def _write(self, request: Request) -> bytes:
+        assert request.buffer is not None
+        await request.disk.top.write(request.offset, request.buffer.view[DATA_AT : DATA_AT + request.size])
+        if request.flags:  # O_DSYNC: durable before the reply
+            await request.disk.top.flush()
+        return WRITE_REPLY.pack(WRITE_REPLY.size, 0, request.unique, request.size, 0)
 
-    async def _fsync(self, disk: Disk, buffer: Buffer, unique: int) -> bytes:
-        await disk.top.flush()
-        return error_reply(unique, 0)
-
-    async def _fallocate(self, disk: Disk, buffer: Buffer, unique: int, offset: int, length: int, mode: int) -> bytes:
-        disk.mtime_ns = time.time_ns()
-        if mode & FALLOC_PUNCH_HOLE:
-            await disk.top.trim(offset, length)
-        else:
-            await disk.top.zero(offset, length)
-        return error_reply(unique, 0)
-
-    async def _lseek(self, disk: Disk, buffer: Buffer, unique: int, offset: int, whence: int) -> bytes:
+    async def _lseek(self, disk: Disk, unique: int, offset: int, whence: int) -> bytes:
         found: int | None = offset if whence == SEEK_DATA else disk.size
         with trio.move_on_after(LSEEK_PATIENCE_S):
             found = await self._seek(disk, offset, whence)

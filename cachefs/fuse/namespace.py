@@ -185,7 +185,7 @@ class Namespace(pyfuse3.Operations):
 
 
 async def serve(namespace: Namespace, libfuse_path: str) -> None:
-    """Answer what comes through *libfuse_path* (`Channel.libfuse_path`) until cancelled. One at a time per process."""
+    """Answer what comes through *libfuse_path* (`Channel.hand_over`) until cancelled. One at a time per process."""
     pyfuse3.init(namespace, libfuse_path, set(pyfuse3.default_options))
     try:
         await pyfuse3.main()

@@ -1,0 +1,196 @@
+"""Requests that could not be finished at once: they are admitted or queued, run in tasks, and answered exactly once.
+
+`table` holds every request that the kernel still waits for; whoever takes one out of it answers it: the task or thread that
+did the work, or `watch_clients`, which every LOOK_S gives up on requests whose client was killed. Giving up answers EINTR at
+once and cancels the task; what was handed to the kernel by then runs to its end, and its buffer stays in use until then.
+
+    arrives -> RUN: a task with its buffer -> answered -> the oldest that is queued takes its place
+            -> QUEUE: header, or data in memory of its size
+            -> REFUSE: EIO (`cachefs.limits` says when)
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from cachefs.disk import Disk
+from cachefs.fuse import clients
+from cachefs.fuse.boundary import Boundary
+from cachefs.fuse.buffers import DATA_AT, Buffer, BufferPool
+from cachefs.fuse.protocol import OPCODE_NAMES, Opcode, error_reply
+from cachefs.limits import Admission, Verdict
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.25  # between two looks at who waits
+REFUSALS_SAID_S = 10.0  # between two log lines about refused requests of one disk
+
+
+class Request:
+    """A data request. flags: for a WRITE whether it is synchronous, for FALLOCATE the mode, for LSEEK whence."""
+
+    __slots__ = (
+        "buffer",
+        "client",
+        "data",
+        "disk",
+        "flags",
+        "looked",
+        "offset",
+        "opcode",
+        "pid",
+        "scope",
+        "size",
+        "unique",
+    )
+
+    def __init__(
+        self, disk: Disk, opcode: int, unique: int, pid: int, offset: int = 0, size: int = 0, flags: int = 0
+    ) -> None:
+        self.disk = disk
+        self.opcode = opcode
+        self.unique = unique
+        self.pid = pid
+        self.offset = offset
+        self.size = size
+        self.flags = flags
+        self.buffer: Buffer | None = None  # while it runs in a task
+        self.data = b""  # of a WRITE in the queue
+        self.scope: trio.CancelScope | None = None
+        self.looked = False
+        self.client: clients.Client | None = None
+
+    def __str__(self) -> str:
+        return f"{OPCODE_NAMES[self.opcode]} {self.offset}+{self.size} of {self.disk.name}"
+
+
+Work = Callable[[Request], Awaitable[bytes | memoryview]]
+
+
+class Waiting:
+    """The requests of a mount that wait. work: what a task awaits for a request, returning its reply."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        pool: BufferPool,
+        boundary: Boundary,
+        reply: Callable[[bytes | memoryview], None],
+        work: Work,
+        background: int,
+    ) -> None:
+        self._nursery = nursery
+        self._pool = pool
+        self._boundary = boundary
+        self._reply = reply
+        self._work = work
+        self.admission: Admission[Request] = Admission(background)
+        self.table: dict[int, Request] = {}
+        self.given_up = 0
+        self._refusals_said: dict[int, float] = {}
+        self._something_waits = trio.Event()
+
+    def add(self, request: Request, buffer: Buffer) -> bool:
+        """Take *request* over, with the *buffer* that it came in. True: the buffer may be used again."""
+        data_bytes = request.size if request.opcode == Opcode.WRITE else 0
+        verdict = self.admission.ask(request.disk.inode, data_bytes)
+        if verdict is Verdict.REFUSE:
+            self._refuse(request)
+            return True
+        self.register(request)
+        if verdict is Verdict.RUN:
+            self._start(request, buffer)
+            return False
+        request.data = bytes(buffer.view[DATA_AT : DATA_AT + data_bytes])
+        self.admission.put(request.disk.inode, request, data_bytes)
+        return True
+
+    def register(self, request: Request) -> None:
+        """Note a request that somebody else will `finish`."""
+        self.table[request.unique] = request
+        if len(self.table) == 1:
+            self._something_waits.set()
+
+    def finish(self, request: Request, reply: bytes | memoryview) -> None:
+        """Answer *request*, unless it was given up. Called in any thread."""
+        if self.table.pop(request.unique, None) is not None:
+            self._reply(reply)
+
+    def _start(self, request: Request, buffer: Buffer) -> None:
+        request.buffer = buffer
+        request.scope = trio.CancelScope()
+        self._nursery.start_soon(self._run, request, buffer, request.scope)
+
+    async def _run(self, request: Request, buffer: Buffer, scope: trio.CancelScope) -> None:
+        """Do the work and answer; afterwards the buffer is free, whatever happened, and the next one may run."""
+        reply: bytes | memoryview = error_reply(request.unique, errno.EIO)  # for one that a forced stop cancels
+        try:
+            with scope:
+                reply = await self._work(request)
+        except Exception as exc:
+            reply = error_reply(request.unique, self._boundary.errno_of(exc, str(request)))
+        finally:
+            self.finish(request, reply)
+            self._pool.give_back(buffer)
+            successor = self.admission.done(request.disk.inode)
+            if successor is not None:
+                fresh = self._pool.take()
+                fresh.view[DATA_AT : DATA_AT + len(successor.data)] = successor.data
+                successor.data = b""
+                self._start(successor, fresh)
+
+    def _refuse(self, request: Request) -> None:
+        self._reply(error_reply(request.unique, errno.EIO))
+        now = time.monotonic()
+        if now - self._refusals_said.get(request.disk.inode, -REFUSALS_SAID_S) >= REFUSALS_SAID_S:
+            self._refusals_said[request.disk.inode] = now
+            log.error(
+                "%s refused with EIO: too many requests of this disk wait already (%d of all disks); its store does not "
+                "keep up or hangs",
+                request,
+                self.admission.requests,
+            )
+
+    # ---- clients that are gone
+
+    async def watch_clients(self) -> None:
+        """Give up on requests of killed clients, for ever."""
+        while True:
+            if not self.table:
+                self._something_waits = trio.Event()
+                await self._something_waits.wait()
+            await trio.sleep(LOOK_S)
+            self._look()
+
+    def _look(self) -> None:
+        found: dict[int, clients.Client | None] = {}  # many requests, few clients
+        dead: dict[clients.Client, bool] = {}
+        for request in list(self.table.values()):
+            if not request.looked:
+                request.looked = True
+                if request.pid not in found:
+                    found[request.pid] = clients.resolve(request.pid)
+                request.client = found[request.pid]
+            client = request.client
+            if client is None:
+                continue
+            if client not in dead:
+                dead[client] = clients.is_dead(client)
+            if dead[client]:
+                self._give_up(request)
+
+    def _give_up(self, request: Request) -> None:
+        self.given_up += 1
+        self.finish(request, error_reply(request.unique, errno.EINTR))
+        if request.scope is not None:
+            request.scope.cancel()
+        else:
+            self.admission.take_queued(request.disk.inode, request)
+
+    def statistics(self) -> dict[str, int]:
+        return {**self.admission.statistics(), "given_up_requests": self.given_up}
