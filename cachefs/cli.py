@@ -133,6 +133,40 @@ def check(config: Path) -> None:
     click.echo(f"{config}: ok: {disks} disk{'s' * (disks != 1)}, {images} image{'s' * (images != 1)}")
 
 
+@cli.group()
+def overlay() -> None:
+    """Work on the stores of disks that are not mounted.
+
+    \b
+    Example:
+      cachefs overlay clear-failed config.yaml vm1
+    """
+
+
+@overlay.command("clear-failed")
+@config_argument
+@click.argument("disk")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def clear_failed(config: Path, disk: str, yes: bool) -> None:
+    """Let DISK be written again after the kernel failed to write it out.
+
+    What the guest wrote since its last successful flush before the failure may be lost, in part, and nobody can say what.
+    Check the device (dmesg, smartctl) and the guest's file system (fsck) before you trust it.
+
+    \b
+    Example:
+      cachefs overlay clear-failed config.yaml vm1
+    """
+    from cachefs import offline
+
+    flag = offline.failed_flag(config, disk)
+    click.echo(f"{disk} failed: {flag.read()}")
+    if not yes:
+        click.confirm("What it did not flush before that may be lost. Let it be written again?", abort=True)
+    offline.clear_failed(config, disk)
+    click.echo(f"{disk} can be written again; mount it, and run fsck in the guest")
+
+
 @cli.command()
 def schema() -> None:
     """Print the JSON Schema of the configuration, for editors.

@@ -7,7 +7,7 @@ Trims and zeros are PUNCH_HOLE and ZERO_RANGE, which guarantee zeros on files an
 has neither, zeros are written. The map is SEEK_DATA and SEEK_HOLE for files; a block device is all data.
 
 Concurrency: none of its own; the kernel orders overlapping requests per page. A failed fdatasync is final: every later
-flush fails and writes are refused until the disk is attached anew, because the kernel may have dropped the pages.
+flush fails and writes are refused (`cachefs.store.failedflag`), because the kernel may have dropped the pages.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from cachefs.errors import BackendError, ReadOnlyError, StoreError, from_os_error
+from cachefs.errors import BackendError, StoreError, from_os_error
 from cachefs.extent import Extent, ExtentKind
 from cachefs.layers.base import ALL_CAPS, Caps, Done, Environment, Geometry, Options, Statistics
+from cachefs.store.failedflag import FailedFlag
 from cachefs.store.identity import Identity, identity_of_device, identity_of_file
 from cachefs.store.imagelock import lock_image
 from cachefs.store.localfile import LocalFile
@@ -46,7 +47,15 @@ class File:
     Config = FileConfig
 
     def __init__(
-        self, name: str, path: str, file: LocalFile, identity: Identity, *, device: bool, writable: bool
+        self,
+        name: str,
+        path: str,
+        file: LocalFile,
+        identity: Identity,
+        flag: FailedFlag,
+        *,
+        device: bool,
+        writable: bool,
     ) -> None:
         self.name = name
         self.geometry = Geometry(file.size)
@@ -56,7 +65,7 @@ class File:
         self._file = file
         self._is_device = device
         self._can_punch = self._can_zero_range = True
-        self._failed: BackendError | None = None
+        self._flag = flag
         self.try_read_into = file.try_read
         self._written = False
         self._rounds = FlushRounds(name, self._begin_round, self._sync, self._end_round)
@@ -67,22 +76,24 @@ class File:
         """Raises: StoreError when the path is missing, no image, empty, or held by somebody else."""
         name = f"{env.owner}/file"
         file, identity, is_device = await trio.to_thread.run_sync(_open_now, name, str(config.path), env.writable)
-        backend = cls(name, str(config.path), file, identity, device=is_device, writable=env.writable)
+        flag = FailedFlag(env.state_dir, env.owner, name)
+        backend = cls(name, str(config.path), file, identity, flag, device=is_device, writable=env.writable)
         try:
             yield backend
         finally:
             with trio.CancelScope(shield=True):
-                try:
-                    await backend.flush()
-                except BackendError as exc:
-                    log.error("%s: the last flush failed: %s", backend.name, exc)
+                if flag.error is None:
+                    try:
+                        await backend.flush()
+                    except BackendError as exc:
+                        log.error("%s: the last flush failed: %s", backend.name, exc)
                 await backend._rounds.wait_idle()
             backend._rounds.close()
             backend._file.close()
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         self._written = True
-        return self._failed is None and self._file.try_write(offset, data)
+        return self._flag.error is None and self._file.try_write(offset, data)
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         if self._file.try_read(offset, buffer):
@@ -101,19 +112,18 @@ class File:
 
     def _check_writable(self) -> None:
         self._written = True
-        if self._failed is not None:
-            raise ReadOnlyError(self.name, f"read-only since an earlier error: {self._failed.detail}")
+        self._flag.check_writable()
 
     def try_flush(self, done: Done) -> bool:
-        if self._failed is not None or not self._written:
-            done(self._failed)
+        if self._flag.error is not None or not self._written:
+            done(self._flag.error)
         else:
             self._rounds.ask(done)
         return True
 
     async def flush(self) -> None:
-        if self._failed is not None:
-            raise self._failed
+        if self._flag.error is not None:
+            raise self._flag.error
         if self._written:
             await self._rounds.flush()
 
@@ -125,17 +135,12 @@ class File:
 
     def _sync(self, _: None) -> None:
         """One round, in its thread."""
-        if self._failed is not None:
-            raise self._failed
+        if self._flag.error is not None:
+            raise self._flag.error
         try:
             os.fdatasync(self._file.descriptor)
         except OSError as exc:
-            self._failed = BackendError(
-                self.name,
-                f"fdatasync of {self._path} failed ({os.strerror(exc.errno or errno.EIO)}): what was written since the last "
-                "flush may be lost; check the device, then mount anew",
-            )
-            raise self._failed from exc
+            raise self._flag.fail(exc, self._path) from exc
 
     async def trim(self, offset: int, length: int) -> None:
         self._check_writable()
@@ -177,10 +182,10 @@ class File:
         return self.geometry.size if self._is_device else self._file.allocated_bytes()
 
     def pending_error(self) -> Exception | None:
-        return self._failed
+        return self._flag.error
 
     def statistics(self) -> Statistics:
-        values: dict[str, int | float | str] = {"path": self._path, "state": "failed" if self._failed else "ok"}
+        values: dict[str, int | float | str] = {"path": self._path, "state": "failed" if self._flag.error else "ok"}
         return Statistics(self.name, values)
 
 

@@ -66,7 +66,8 @@ class Request:
         self.client: clients.Client | None = None
 
     def __str__(self) -> str:
-        return f"{OPCODE_NAMES[self.opcode]} {self.offset}+{self.size} of {self.disk.name}"
+        where = "" if self.opcode == Opcode.FSYNC else f" {self.offset}+{self.size}"
+        return f"{OPCODE_NAMES[self.opcode]}{where} of {self.disk.name}"
 
 
 Work = Callable[[Request], Awaitable[bytes | memoryview]]

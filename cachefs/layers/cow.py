@@ -36,6 +36,7 @@ from cachefs.layers.base import ALL_CAPS, Done, Environment, Geometry, Layer, Op
 from cachefs.store import files
 from cachefs.store.blockmap import Run, State
 from cachefs.store.blockstore import BlockStore, open_store, read_header
+from cachefs.store.failedflag import FailedFlag
 from cachefs.store.files import Header, StoreLock
 from cachefs.units import LocalPath, Size, format_size, is_power_of_two, split_aligned
 
@@ -77,6 +78,7 @@ class Cow:
         self._map = store.map
         self._written, self._zero = store.map.written, store.map.zero
         self._data = store.data
+        self._flag = store.flag
         self._locks = store.locks
         self._limit = config.limit
         self._detect_zeroes = config.detect_zeroes
@@ -98,7 +100,9 @@ class Cow:
         try:
             header = await trio.to_thread.run_sync(read_header, path)
             _check_header(path, header, config, child)
-            async with open_store(path, name, header, durable=not config.ephemeral) as store:
+            async with open_store(
+                path, name, header, FailedFlag(env.state_dir, env.owner, name), durable=not config.ephemeral
+            ) as store:
                 yield cls(name, config, child, store)
             if config.ephemeral:
                 await trio.to_thread.run_sync(shutil.rmtree, path)
@@ -141,7 +145,7 @@ class Cow:
                 return False
             if self._limit is not None:
                 return False
-        if self.store.failed is not None or (self._detect_zeroes and _is_zero(data)):
+        if self._flag.error is not None or (self._detect_zeroes and _is_zero(data)):
             return False
         if not self._data.try_write(offset, data):
             return False

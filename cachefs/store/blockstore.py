@@ -32,11 +32,12 @@ from pathlib import Path
 
 import trio
 
-from cachefs.errors import BackendError, CachefsError, FormatError, NoSpaceError, ReadOnlyError, StoreError
+from cachefs.errors import BackendError, CachefsError, FormatError, NoSpaceError, StoreError
 from cachefs.extent import ExtentKind
 from cachefs.rangelock import RangeLocks
 from cachefs.store import files
 from cachefs.store.blockmap import SECTOR_SIZE, BlockMap, SectorCopy, State, working_size
+from cachefs.store.failedflag import FailedFlag
 from cachefs.store.files import HEADER_SIZE, Header
 from cachefs.store.localfile import LocalFile
 from cachefs.store.rounds import Done, FlushRounds
@@ -52,7 +53,9 @@ LAYOUT = 1  # of the survivor memory: the planes of BlockMap
 class BlockStore:
     """An open store. Made by `open_store`."""
 
-    def __init__(self, path: Path, name: str, header: Header, data: LocalFile, map_file: LocalFile, epoch: int) -> None:
+    def __init__(
+        self, path: Path, name: str, header: Header, data: LocalFile, map_file: LocalFile, epoch: int, flag: FailedFlag
+    ) -> None:
         self.path = path
         self.name = name
         self.header = header
@@ -62,7 +65,7 @@ class BlockStore:
         blocks = -(-header.size // header.block_size)
         self.memory = SurvivorMemory("map", LAYOUT, header.uuid, epoch, working_size(blocks))
         self.map = BlockMap(self.memory.body, blocks, header.block_size)
-        self.failed: CachefsError | None = None  # set once, never cleared while the store is open
+        self.flag = flag
         self.durable = True
         self.rounds = FlushRounds(name, self._begin_round, lambda copies: self._make_durable(copies), self._end_round)
         self.punched_bytes = 0
@@ -110,7 +113,7 @@ class BlockStore:
         try:
             os.fdatasync(self.data.descriptor)
         except OSError as exc:
-            raise self._fail(exc, "data") from exc
+            raise self.flag.fail(exc, self.path / "data") from exc
         if not copies:
             return
         try:
@@ -118,11 +121,11 @@ class BlockStore:
         except OSError as exc:
             if exc.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpaceError(self.name, "no space left for the block map; the flush will be tried again") from exc
-            raise self._fail(exc, "map") from exc
+            raise self.flag.fail(exc, self.path / "map") from exc
         try:
             os.fdatasync(self.map_file.descriptor)
         except OSError as exc:
-            raise self._fail(exc, "map") from exc
+            raise self.flag.fail(exc, self.path / "map") from exc
 
     def _write_sectors(self, copies: list[SectorCopy]) -> None:
         """Neighbouring sectors are one write."""
@@ -137,18 +140,14 @@ class BlockStore:
             self.map_file.write_now(HEADER_SIZE + copies[begin].number * SECTOR_SIZE, (content,))
             begin = end
 
-    def _fail(self, exc: OSError, which: str) -> CachefsError:
-        self.failed = BackendError(
-            self.name,
-            f"fdatasync of {self.path / which} failed ({exc.strerror}): what was written since the last flush may be "
-            "lost; the disk is read-only now. Check the device, then restore the overlay or go on from its last flush",
-        )
-        return self.failed
+    @property
+    def failed(self) -> BackendError | None:
+        """Why the store cannot be written any more."""
+        return self.flag.error
 
     def check_writable(self) -> None:
         """Raises: ReadOnlyError once the store has failed."""
-        if self.failed is not None:
-            raise ReadOnlyError(self.name, f"read-only since an earlier error: {self.failed.detail}")
+        self.flag.check_writable()
 
     # ---- freeing
 
@@ -184,8 +183,8 @@ class BlockStore:
         except OSError as exc:
             if exc.errno == errno.EOPNOTSUPP:
                 self._can_punch = False  # space stays held; contents are right all the same
-            elif self.failed is None and exc.errno == errno.EIO:
-                self._fail(exc, "data")
+            else:
+                log.warning("%s: cannot free space: %s; it stays held until the next mount", self.name, exc)
         finally:
             self.locks.release(hold)
 
@@ -276,13 +275,15 @@ def _open_files(path: Path, header: Header) -> tuple[LocalFile, LocalFile, int]:
 
 
 @asynccontextmanager
-async def open_store(path: Path, name: str, header: Header, *, durable: bool = True) -> AsyncIterator[BlockStore]:
+async def open_store(
+    path: Path, name: str, header: Header, flag: FailedFlag, *, durable: bool = True
+) -> AsyncIterator[BlockStore]:
     """The store at *path*, which exists and whose lock the caller holds. On exit: flushed, then closed.
 
     Raises: StoreError, FormatError.
     """
     data, map_file, epoch = await trio.to_thread.run_sync(_open_files, path, header)
-    store = BlockStore(path, name, header, data, map_file, epoch)
+    store = BlockStore(path, name, header, data, map_file, epoch, flag)
     store.durable = durable
     try:
         await trio.to_thread.run_sync(store.load_map)
@@ -306,6 +307,9 @@ async def open_store(path: Path, name: str, header: Header, *, durable: bool = T
 
 
 async def _flush_last(store: BlockStore) -> None:
+    """A store that failed has said so already."""
+    if store.failed is not None:
+        return
     try:
         await store.flush()
     except CachefsError as exc:
