@@ -210,16 +210,25 @@ class BlockStore:
     # ---- opening
 
     def load_map(self) -> None:
-        """Fill the working map from the map file; blocks. Raises: FormatError."""
-        total = self.map.sectors
-        for first in range(0, total, _CHUNK_SECTORS):
-            count = min(_CHUNK_SECTORS, total - first)
-            content = os.pread(self.map_file.descriptor, count * SECTOR_SIZE, HEADER_SIZE + first * SECTOR_SIZE)
-            if not content.strip(b"\0"):  # never written: all ABSENT
-                continue
-            for index in range(count):
-                sector = content[index * SECTOR_SIZE : (index + 1) * SECTOR_SIZE]
-                self.map.load(first + index, sector, str(self.path / "map"))
+        """Fill the working map from the map file; blocks. What was never written is a hole there, and is not read.
+
+        Raises: FormatError.
+        """
+        offset, end = HEADER_SIZE, files.map_size(self.header)
+        while offset < end:
+            for extent in self.map_file.extents_now(offset, end - offset, 256):
+                if extent.kind is ExtentKind.DATA:
+                    first = (extent.offset - HEADER_SIZE) // SECTOR_SIZE
+                    self._load_sectors(first, -(-(extent.end - HEADER_SIZE) // SECTOR_SIZE))
+                offset = extent.end
+
+    def _load_sectors(self, first: int, last: int) -> None:
+        for start in range(first, last, _CHUNK_SECTORS):
+            count = min(_CHUNK_SECTORS, last - start)
+            content = os.pread(self.map_file.descriptor, count * SECTOR_SIZE, HEADER_SIZE + start * SECTOR_SIZE)
+            for number in range(count):
+                sector = content[number * SECTOR_SIZE : (number + 1) * SECTOR_SIZE]
+                self.map.load(start + number, sector, str(self.path / "map"))
 
     def close_files(self) -> None:
         self.rounds.close()
