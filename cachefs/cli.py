@@ -49,7 +49,8 @@ def cli() -> None:
 
 
 config_argument = click.argument("config", type=click.Path(path_type=Path))
-mountpoint_argument = click.argument("mountpoint", type=click.Path(path_type=Path))
+# not click.Path, which looks at the file: a daemon that hangs would hang us, and `umount --force` with us
+mountpoint_argument = click.argument("mountpoint", type=Path)
 
 
 @cli.command()

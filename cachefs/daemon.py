@@ -29,6 +29,7 @@ from cachefs.fuse.boundary import Boundary
 from cachefs.fuse.channel import Channel, mount_device
 from cachefs.fuse.dataplane import Dataplane
 from cachefs.fuse.protocol import MAX_BACKGROUND, Open
+from cachefs.graph import refuse_inside
 from cachefs.notify import notify
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Daemon:
         Raises: StoreError and its kinds; CachefsError when it cannot be mounted.
         """
         _become_io_flusher()
+        refuse_inside(self._mountpoint, self._config.state_dir)  # before anything is made in there
         self._config.state_dir.mkdir(parents=True, exist_ok=True)
         async with open_disks(self._config, self._mountpoint) as disks:
             device = await trio.to_thread.run_sync(mount_device, self._mountpoint, mount_options(disks))

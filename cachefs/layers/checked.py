@@ -146,7 +146,8 @@ class Checked:
 
     async def prefetch(self, offset: int, length: int) -> None:
         self._check(offset, length)
-        await self.child.prefetch(offset, length)
+        if length:
+            await self.child.prefetch(offset, length)
 
     def allocated_bytes(self) -> int:
         return self.child.allocated_bytes()

@@ -1,0 +1,40 @@
+"""The contract of every layer, over every layer, backend and stack of the example configuration; fast path and slow."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+from cachefs.backends import BACKENDS
+from cachefs.layers import LAYERS
+from cachefs.testing.conformance import LayerContract
+from cachefs.testing.stacks import cases
+
+CASES = cases(Path(__file__).parents[2] / "config.example.yaml")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+class TestLayers(LayerContract):
+    """Every test of the contract, for every case."""
+
+
+def test_matrix_has_every_layer_and_backend() -> None:
+    assert {spec.kind for case in CASES for spec in case.layers} >= set(LAYERS)
+    assert {case.backend for case in CASES} >= set(BACKENDS)
+
+
+def test_nobody_overrides_a_test_of_the_contract() -> None:
+    contract = {name for name in vars(LayerContract) if name.startswith("test_")}
+    assert contract
+    modules = [module for name, module in sys.modules.items() if name.rpartition(".")[2].startswith("test_")]
+    subclasses = {
+        found
+        for module in modules
+        for _, found in inspect.getmembers(module, inspect.isclass)
+        if issubclass(found, LayerContract) and found is not LayerContract
+    }
+    assert TestLayers in subclasses
+    assert {(one.__name__, name) for one in subclasses for name in contract & set(vars(one))} == set()

@@ -1,0 +1,433 @@
+"""Requests of bytes, without a kernel: a socket pair stands for /dev/fuse."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cachefs.backends.memory import Memory
+from cachefs.disk import Disk
+from cachefs.errors import CachefsError, NoSpaceError
+from cachefs.fuse import dataplane as module
+from cachefs.fuse.boundary import Boundary
+from cachefs.fuse.buffers import REQUEST_AT, Buffer
+from cachefs.fuse.dataplane import DATA_OPCODES, Dataplane
+from cachefs.fuse.protocol import (
+    FALLOCATE_IN,
+    IN_HEADER,
+    LSEEK_IN,
+    MAX_WRITE,
+    OUT_HEADER,
+    READ_IN,
+    WRITE_IN,
+    Opcode,
+)
+from cachefs.graph import edge
+from cachefs.store.rounds import Done
+
+SIZE = 100_000
+VM, READ_ONLY, NOBODY = 2, 3, 99  # inodes
+KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO_RANGE = 1, 2, 8, 16
+
+
+class Scripted(Memory):
+    """A memory disk that notes flushes, and raises `error` from the operations in `fails`."""
+
+    def __init__(self) -> None:
+        super().__init__("vm1/memory", SIZE)
+        self.fails: set[str] = set()
+        self.error: Exception = RuntimeError("on demand")
+        self.pending: Exception | None = None
+        self.fast = True
+        self.flushes = 0
+
+    def _meet(self, operation: str) -> None:
+        if operation in self.fails:
+            raise self.error
+
+    def try_read_into(self, offset: int, buffer: memoryview) -> bool:
+        self._meet("try_read")
+        return self.fast and super().try_read_into(offset, buffer)
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        self._meet("try_write")
+        return self.fast and super().try_write(offset, data)
+
+    def try_flush(self, done: Done) -> bool:
+        self._meet("try_flush")
+        return False
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._meet("read")
+        super().try_read_into(offset, buffer)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        self._meet("write")
+        super().try_write(offset, data)
+
+    async def flush(self) -> None:
+        self._meet("flush")
+        self.flushes += 1
+
+    async def trim(self, offset: int, length: int) -> None:
+        self._meet("trim")
+        await super().trim(offset, length)
+
+    def pending_error(self) -> Exception | None:
+        self._meet("pending_error")
+        return self.pending
+
+    def content(self) -> bytes:
+        buffer = bytearray(SIZE)
+        super().try_read_into(0, memoryview(buffer))
+        return bytes(buffer)
+
+
+class Rig:
+    """A data plane of two disks over one layer; inode VM may be written."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.layer = Scripted()
+        self.kernel, self.device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.kernel, self.device):
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        self.boundary = Boundary()
+        disks = [
+            Disk(name, edge(self.layer), inode, writable=inode == VM, mode=0o600, uid=0, gid=0)
+            for name, inode in (("vm1", VM), ("golden", READ_ONLY))
+        ]
+        self.dataplane = Dataplane(self.device.fileno(), disks, nursery, self.boundary)
+        self.unique = 0
+
+    def send(self, opcode: int, body: bytes = b"", node: int = VM, cut: int | None = None) -> bool:
+        """What `handle` says of the request, of which only the first *cut* bytes arrive."""
+        self.unique += 2
+        request = IN_HEADER.pack(IN_HEADER.size + len(body), opcode, self.unique, node, 0, 0, 0, 0, 0) + body
+        request = request[:cut]
+        buffer = Buffer()
+        buffer.view[REQUEST_AT : REQUEST_AT + len(request)] = request
+        return self.dataplane.handle(buffer, len(request), opcode, self.unique, node)
+
+    async def answer(self) -> tuple[int, bytes]:
+        """(errno, body) of the reply to the last request."""
+        with trio.fail_after(5):
+            await trio.lowlevel.wait_readable(self.kernel)
+        reply = self.kernel.recv(2 << 20)
+        length, error, unique = OUT_HEADER.unpack_from(reply)
+        assert (length, unique) == (len(reply), self.unique)
+        return -error, reply[OUT_HEADER.size :]
+
+    async def ask(self, opcode: int, body: bytes = b"", node: int = VM, cut: int | None = None) -> tuple[int, bytes]:
+        self.send(opcode, body, node, cut)
+        return await self.answer()
+
+    async def read(self, offset: int, size: int) -> tuple[int, bytes]:
+        return await self.ask(Opcode.READ, READ_IN.pack(1, offset, size, 0, 0, 0, 0))
+
+    async def write(self, offset: int, data: bytes, flags: int = 0, node: int = VM) -> tuple[int, int | None]:
+        body = WRITE_IN.pack(1, offset, len(data), 0, 0, flags, 0) + data
+        code, answer = await self.ask(Opcode.WRITE, body, node)
+        return code, int.from_bytes(answer[:4], "little") if answer else None
+
+    def nothing_to_hear(self) -> bool:
+        try:
+            self.kernel.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        return False
+
+
+@asynccontextmanager
+async def rig() -> AsyncIterator[Rig]:
+    async with trio.open_nursery() as nursery:
+        made = Rig(nursery)
+        with made.kernel, made.device:
+            yield made
+            with trio.fail_after(5):
+                while made.dataplane.waiting.table:
+                    await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+
+
+both_paths = pytest.mark.parametrize("fast", [True, False], ids=["fast", "slow"])
+
+
+@both_paths
+async def test_read_and_write(fast: bool) -> None:
+    async with rig() as plane:
+        plane.layer.fast = fast
+        assert await plane.write(1000, b"hello") == (0, 5)
+        assert await plane.read(999, 7) == (0, b"\0hello\0")
+        assert plane.layer.content()[1000:1005] == b"hello"
+
+
+async def test_a_hit_leaves_the_buffer_and_a_miss_takes_it() -> None:
+    async with rig() as plane:
+        request = READ_IN.pack(1, 0, 512, 0, 0, 0, 0)
+        assert plane.send(Opcode.READ, request)
+        await plane.answer()
+        plane.layer.fast = False
+        assert not plane.send(Opcode.READ, request)
+        assert (await plane.answer())[1] == bytes(512)
+
+
+@both_paths
+async def test_the_end_of_the_disk(fast: bool) -> None:
+    async with rig() as plane:
+        plane.layer.fast = fast
+        assert await plane.read(SIZE - 10, 4096) == (0, bytes(10))
+        assert await plane.read(SIZE, 4096) == (0, b"")
+        assert await plane.read(1 << 63, 4096) == (0, b"")
+        assert await plane.write(SIZE - 3, b"hello") == (0, 3)
+        assert await plane.write(SIZE, b"hello") == (errno.EFBIG, None)
+        assert await plane.write((1 << 64) - 1, b"hello") == (errno.EFBIG, None)
+        assert plane.layer.content() == bytes(SIZE - 3) + b"hel"
+
+
+async def test_the_longest_request() -> None:
+    async with rig() as plane:
+        code, data = await plane.read(0, MAX_WRITE)
+        assert (code, len(data)) == (0, SIZE)
+        assert await plane.write(0, b"x" * MAX_WRITE) == (0, SIZE)
+
+
+async def test_a_read_only_disk_refuses_changes() -> None:
+    async with rig() as plane:
+        assert await plane.write(0, b"x", node=READ_ONLY) == (errno.EROFS, None)
+        punch = FALLOCATE_IN.pack(1, 0, 4096, PUNCH_HOLE | KEEP_SIZE, 0)
+        assert await plane.ask(Opcode.FALLOCATE, punch, READ_ONLY) == (errno.EROFS, b"")
+        assert (await plane.ask(Opcode.FSYNC, bytes(16), READ_ONLY))[0] == 0
+
+
+@pytest.mark.logs("bug in cachefs")
+@pytest.mark.parametrize("flag", [os.O_DSYNC, os.O_SYNC, os.O_SYNC | os.O_RDWR])
+async def test_a_synchronous_write_is_flushed_before_its_reply(flag: int) -> None:
+    async with rig() as plane:
+        assert await plane.write(0, b"x", os.O_RDWR) == (0, 1)
+        assert plane.layer.flushes == 0
+        assert await plane.write(0, b"x", flag) == (0, 1)
+        assert plane.layer.flushes == 1
+        plane.layer.fails = {"flush"}
+        assert await plane.write(0, b"x", flag) == (errno.EIO, None)
+
+
+async def test_mtime_moves_with_a_write_and_not_with_a_read() -> None:
+    async with rig() as plane:
+        disk = plane.dataplane._disks[VM]
+        plane.dataplane.now_ns = 77
+        before = disk.mtime_ns
+        await plane.read(0, 1)
+        assert disk.mtime_ns == before
+        await plane.write(0, b"x")
+        assert disk.mtime_ns == 77
+
+
+async def test_flush_reports_a_pending_error_and_flushes_nothing() -> None:
+    async with rig() as plane:
+        assert (await plane.ask(Opcode.FLUSH, bytes(24)))[0] == 0
+        plane.layer.pending = NoSpaceError("vm1", "full")
+        assert (await plane.ask(Opcode.FLUSH, bytes(24)))[0] == errno.ENOSPC
+        plane.layer.pending = RuntimeError()
+        assert (await plane.ask(Opcode.FLUSH, bytes(24)))[0] == errno.EIO
+        assert plane.layer.flushes == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "offset", "length", "answer"),
+    [
+        (0, 0, SIZE, 0),
+        (KEEP_SIZE, 0, SIZE, 0),
+        (0, 0, SIZE + 1, errno.EFBIG),
+        (KEEP_SIZE, SIZE, 1, errno.EOPNOTSUPP),
+        (PUNCH_HOLE | KEEP_SIZE, 0, 1 << 62, 0),
+        (PUNCH_HOLE | KEEP_SIZE, SIZE + 5, 10, 0),
+        (ZERO_RANGE, 0, SIZE, 0),
+        (ZERO_RANGE, 0, SIZE + 1, errno.EFBIG),
+        (ZERO_RANGE | KEEP_SIZE, 10, SIZE, 0),
+        (PUNCH_HOLE, 0, 4096, errno.EOPNOTSUPP),
+        (COLLAPSE, 0, 4096, errno.EOPNOTSUPP),
+        (0x20, 0, 4096, errno.EOPNOTSUPP),
+        (0x40 | KEEP_SIZE, 0, 4096, errno.EOPNOTSUPP),
+        (0xFFFFFFFF, 0, 4096, errno.EOPNOTSUPP),
+    ],
+)
+async def test_fallocate(mode: int, offset: int, length: int, answer: int) -> None:
+    async with rig() as plane:
+        await plane.write(0, b"x" * SIZE)
+        body = FALLOCATE_IN.pack(1, offset, length, mode, 0)
+        assert await plane.ask(Opcode.FALLOCATE, body) == (answer, b"")
+        zeroed = range(offset, min(SIZE, offset + length)) if not answer and mode not in (0, KEEP_SIZE) else range(0)
+        expected = bytearray(b"x" * SIZE)
+        expected[zeroed.start : zeroed.stop] = bytes(len(zeroed))
+        assert plane.layer.content() == bytes(expected)
+
+
+async def test_lseek() -> None:
+    async def seek(offset: int, whence: int) -> tuple[int, int | None]:
+        code, body = await plane.ask(Opcode.LSEEK, LSEEK_IN.pack(1, offset, whence, 0))
+        return code, int.from_bytes(body, "little") if body else None
+
+    async with rig() as plane:
+        await plane.write(65536, b"x")
+        assert await seek(0, os.SEEK_DATA) == (0, 65536)
+        assert await seek(5, os.SEEK_HOLE) == (0, 5)
+        assert await seek(70000, os.SEEK_DATA) == (0, 70000)
+        assert await seek(70000, os.SEEK_HOLE) == (0, SIZE)
+        assert await seek(SIZE, os.SEEK_DATA) == (errno.ENXIO, None)
+        assert await seek((1 << 64) - 1, os.SEEK_HOLE) == (errno.ENXIO, None)
+        assert await seek(0, os.SEEK_END) == (errno.EINVAL, None)
+        punch = FALLOCATE_IN.pack(1, 0, SIZE, PUNCH_HOLE | KEEP_SIZE, 0)
+        await plane.ask(Opcode.FALLOCATE, punch)
+        chunk = plane.layer._chunks
+        chunk.clear()
+        assert await seek(0, os.SEEK_DATA) == (errno.ENXIO, None)
+
+
+async def test_an_lseek_that_waits_too_long_says_data(autojump_clock: trio.testing.MockClock) -> None:
+    async def extents(*_: object) -> list[object]:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with rig() as plane:
+        plane.layer.extents = extents  # type: ignore[assignment,method-assign]
+        for whence, answer in ((os.SEEK_DATA, 7), (os.SEEK_HOLE, SIZE)):
+            before = trio.current_time()
+            plane.send(Opcode.LSEEK, LSEEK_IN.pack(1, 7, whence, 0))
+            while plane.dataplane.waiting.table:
+                await trio.sleep(0.1)
+            assert trio.current_time() - before < module.LSEEK_PATIENCE_S + 0.2
+            assert await plane.answer() == (0, answer.to_bytes(8, "little"))
+
+
+# ---- errors
+
+
+@pytest.mark.logs("bug in cachefs")
+@pytest.mark.parametrize(
+    "error", [RuntimeError("bug"), OSError(errno.ENOSYS, "bug"), KeyError(1), ExceptionGroup("", [OSError()])]
+)
+@pytest.mark.parametrize(
+    ("operation", "request_"),
+    [
+        ("try_read", (Opcode.READ, READ_IN.pack(1, 0, 1, 0, 0, 0, 0))),
+        ("read", (Opcode.READ, READ_IN.pack(1, 0, 1, 0, 0, 0, 0))),
+        ("try_write", (Opcode.WRITE, WRITE_IN.pack(1, 0, 1, 0, 0, 0, 0) + b"x")),
+        ("write", (Opcode.WRITE, WRITE_IN.pack(1, 0, 1, 0, 0, 0, 0) + b"x")),
+        ("try_flush", (Opcode.FSYNC, bytes(16))),
+        ("flush", (Opcode.FSYNC, bytes(16))),
+        ("pending_error", (Opcode.FLUSH, bytes(24))),
+        ("trim", (Opcode.FALLOCATE, FALLOCATE_IN.pack(1, 0, 10, PUNCH_HOLE | KEEP_SIZE, 0))),
+    ],
+)
+async def test_a_bug_costs_one_request(operation: str, request_: tuple[int, bytes], error: Exception) -> None:
+    async with rig() as plane:
+        plane.layer.fast = operation.startswith("try")
+        plane.layer.fails, plane.layer.error = {operation}, error
+        assert await plane.ask(*request_) == (errno.EIO, b"")
+        assert plane.boundary.internal_errors == 1
+        plane.layer.fails.clear()
+        assert (await plane.ask(*request_))[0] == 0
+        assert plane.boundary.internal_errors == 1
+        assert plane.nothing_to_hear()
+
+
+@pytest.mark.logs("failed: vm1: full", "failed: vm1: no")
+async def test_errors_of_layers_keep_their_errno_except_enosys() -> None:
+    async with rig() as plane:
+        plane.layer.fails = {"try_write", "flush"}
+        plane.layer.error = NoSpaceError("vm1", "full")
+        assert await plane.write(0, b"x") == (errno.ENOSPC, None)
+        plane.layer.error = CachefsError("vm1", "no", errno.ENOSYS)
+        assert (await plane.ask(Opcode.FSYNC, bytes(16)))[0] == errno.EIO
+        assert (plane.boundary.request_errors, plane.boundary.internal_errors) == (2, 0)
+
+
+async def test_a_file_that_is_no_disk() -> None:
+    async with rig() as plane:
+        for opcode in DATA_OPCODES - {Opcode.INTERRUPT}:
+            assert await plane.ask(opcode, bytes(80), NOBODY) == (errno.EBADF, b"")
+        for node in (VM, NOBODY):
+            assert plane.send(Opcode.INTERRUPT, bytes(8), node)
+        assert plane.nothing_to_hear()
+
+
+# ---- malformed
+
+
+@pytest.mark.logs("malformed")
+@pytest.mark.parametrize(
+    ("opcode", "body"),
+    [
+        (Opcode.READ, READ_IN.pack(1, 0, 512, 0, 0, 0, 0)),
+        (Opcode.WRITE, WRITE_IN.pack(1, 0, 8, 0, 0, 0, 0) + b"12345678"),
+        (Opcode.FALLOCATE, FALLOCATE_IN.pack(1, 0, 512, PUNCH_HOLE | KEEP_SIZE, 0)),
+        (Opcode.LSEEK, LSEEK_IN.pack(1, 0, os.SEEK_DATA, 0)),
+    ],
+)
+async def test_truncated_requests_are_answered_eio(opcode: int, body: bytes) -> None:
+    async with rig() as plane:
+        plane.layer.try_write(0, memoryview(b"before"))
+        for cut in range(IN_HEADER.size, IN_HEADER.size + len(body)):
+            assert await plane.ask(opcode, body, cut=cut) == (errno.EIO, b"")
+        assert plane.dataplane.malformed == len(body)
+        assert plane.layer.content()[:6] == b"before"
+        assert (await plane.ask(opcode, body))[0] == 0
+
+
+@pytest.mark.logs("malformed")
+async def test_a_write_that_lies_about_its_size_changes_nothing() -> None:
+    async with rig() as plane:
+        for claimed in (0, 3, 5, MAX_WRITE, (1 << 32) - 1):
+            body = WRITE_IN.pack(1, 0, claimed, 0, 0, 0, 0) + b"four"
+            assert await plane.ask(Opcode.WRITE, body) == (errno.EIO, b"")
+        assert plane.layer.content() == bytes(SIZE)
+
+
+numbers: Callable[[int], st.SearchStrategy[int]] = lambda bits: st.one_of(  # noqa: E731
+    st.sampled_from([0, 1, 511, 512, SIZE - 1, SIZE, SIZE + 1, MAX_WRITE, (1 << bits) - 1, 1 << (bits - 1)]),
+    st.integers(0, (1 << bits) - 1),
+).map(lambda value: value & ((1 << bits) - 1))
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> bytes:
+    """Fields of any value, then perhaps cut, padded, or all noise."""
+    fields = [draw(numbers(64)), draw(numbers(64)), draw(numbers(32)), draw(numbers(32))]
+    body = b"".join(value.to_bytes(8 if index < 2 else 4, "little") for index, value in enumerate(fields))
+    return draw(st.one_of(st.just(body), st.binary(max_size=120).map(body.__add__), st.binary(max_size=120)))
+
+
+@pytest.mark.slow
+@pytest.mark.logs("malformed")
+@settings(max_examples=120, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(DATA_OPCODES)), bodies(), st.sampled_from([VM, READ_ONLY, NOBODY, 0])),
+        min_size=1,
+        max_size=6,
+    ),
+    st.booleans(),
+)
+async def test_no_bytes_raise_and_every_request_has_one_answer(
+    requests: list[tuple[int, bytes, int]], fast: bool
+) -> None:
+    async with rig() as plane:
+        plane.layer.fast = fast
+        for opcode, body, node in requests:
+            plane.send(opcode, body, node)
+            if opcode != Opcode.INTERRUPT:
+                await plane.answer()
+        assert plane.nothing_to_hear()
+        assert plane.boundary.internal_errors == plane.boundary.request_errors == 0
+        plane.layer.fast = True
+        assert await plane.write(0, b"goes on") == (0, 7)
+        assert await plane.read(0, 7) == (0, b"goes on")
