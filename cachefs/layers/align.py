@@ -118,7 +118,10 @@ class Align:
     async def extents(self, offset: int, length: int, limit: int = 1024) -> list[Extent]:
         start = align_down(offset, self._unit)
         end = min(align_up(offset + length, self._unit), self._size)
-        found = await self.child.extents(start, end - start, limit)
+        found: list[Extent] = []
+        while start <= offset:  # a prefix that ends before what was asked for says nothing
+            found = await self.child.extents(start, end - start, limit)
+            start = found[-1].end
         return [
             Extent(max(e.offset, offset), min(e.end, offset + length) - max(e.offset, offset), e.kind)
             for e in found

@@ -42,8 +42,11 @@ class Checked:
         end = offset + length
         if offset < 0 or length < 0 or end > self._size:
             raise RequestError(self.name, f"request {offset}+{length} lies outside the disk of {self._size} bytes")
-        if offset & self._mask or (end & self._mask and end != self._size):
+        if not self._is_aligned(offset, end):
             raise RequestError(self.name, f"request {offset}+{length} is not aligned to {self._mask + 1} bytes")
+
+    def _is_aligned(self, offset: int, end: int) -> bool:
+        return not offset & self._mask and (not end & self._mask or end == self._size)
 
     def _check_write(self, offset: int, length: int) -> None:
         self._check(offset, length)
@@ -54,8 +57,10 @@ class Checked:
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
         length = len(buffer)
-        if offset < 0 or offset + length > self._size or self._mask or length > self._max_io or not length:
+        if offset < 0 or offset + length > self._size or length > self._max_io or not length:
             return False  # the slow path looks closer
+        if self._mask and not self._is_aligned(offset, offset + length):
+            return False
         if self._try_read_into(offset, buffer):
             self.fast_reads += 1
             self.read_bytes += length
@@ -64,7 +69,9 @@ class Checked:
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         length = len(data)
-        if offset < 0 or offset + length > self._size or self._mask or length > self._max_io or not length:
+        if offset < 0 or offset + length > self._size or length > self._max_io or not length:
+            return False
+        if self._mask and not self._is_aligned(offset, offset + length):
             return False
         if self._try_write(offset, data):
             self.fast_writes += 1

@@ -21,7 +21,6 @@ qcow2 overlays; the order of a flush is in `cachefs.store.blockstore`.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -105,7 +104,7 @@ class Cow:
             ) as store:
                 yield cls(name, config, child, store)
             if config.ephemeral:
-                await trio.to_thread.run_sync(shutil.rmtree, path)
+                await trio.to_thread.run_sync(files.remove, path)
         finally:
             lock.close()
 
@@ -357,10 +356,10 @@ def _prepare(path: Path, header: Header, owner: str) -> StoreLock:
     except BaseException:
         lock.close()
         raise
-    if found.ephemeral and (path / "epoch").read_bytes() != bytes(8):
+    if found.ephemeral and files.was_opened(path):
         # A daemon that died left it. Nothing in it was promised to be durable: start empty.
-        shutil.rmtree(path)
         lock.close()
+        files.remove(path)
         files.create(path, header)
         lock = StoreLock(path, f"disk {owner} of cachefs")
     return lock

@@ -182,3 +182,21 @@ def bump_epoch(path: Path) -> int:
     finally:
         os.close(descriptor)
     return int(epoch)
+
+
+def was_opened(path: Path) -> bool:
+    """Whether a daemon has opened the store since it was made."""
+    try:
+        return (path / "epoch").read_bytes() != _EPOCH.pack(0)
+    except OSError:
+        return True
+
+
+def remove(path: Path) -> None:
+    """Delete the store. Raises: StoreError."""
+    try:
+        shutil.rmtree(path)
+    except OSError as exc:
+        raise StoreError(
+            str(path), f"cannot be deleted: {exc.strerror or exc}; check its rights, or delete it by hand"
+        ) from exc

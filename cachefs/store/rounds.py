@@ -101,10 +101,17 @@ class FlushRounds(Generic[Job]):
         self._thread.close()
 
     def _begin(self, waiters: list[Done]) -> None:
+        try:
+            job = self._begin_job()
+        except Exception as exc:  # a bug; those who asked are told, and the next flush tries again
+            self._running = False
+            self._idle.set()
+            for done in waiters:
+                done(exc)
+            return
         if not self._running:
             self._running = True
             self._idle = trio.Event()
-        job = self._begin_job()
         self._thread.submit(lambda: self._run(job, waiters))
 
     def _run(self, job: Job, waiters: list[Done]) -> None:

@@ -23,7 +23,7 @@ def search(from_seed: int, most: int, counted: Counted) -> None:
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
-    @given(examples)
+    @given(examples())
     def property(example: Example) -> None:
         trio.run(try_example, example, counted)
 

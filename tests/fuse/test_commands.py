@@ -20,6 +20,8 @@ import pytest
 
 from cachefs import mounts
 
+pytestmark = pytest.mark.slow  # each starts a daemon, and commands beside it
+
 SIZE = 1 << 20
 ROOT = Path(__file__).parents[2]
 FAULTY = (str(Path(__file__).with_name("faulty.py")),)
@@ -27,7 +29,7 @@ FAULTY = (str(Path(__file__).with_name("faulty.py")),)
 
 def config(*names: str, **keys: Any) -> dict[str, Any]:
     disk = {"layers": [{"cow": {}}], "backend": {"memory": {"size": SIZE}}, **keys}
-    return {"disks": {name: disk for name in names or ("vm1",)}}
+    return {"disks": dict.fromkeys(names or ("vm1",), disk)}
 
 
 def one_sentence(done: Any) -> str:
@@ -290,7 +292,6 @@ def test_umount_of_what_is_not_mounted_says_so(cachefs: Any, folder: Path) -> No
         assert "no cachefs is mounted there" in one_sentence(done)
 
 
-@pytest.mark.slow
 @pytest.mark.logs("forced stop", "something still hangs")
 def test_umount_by_force_ends_a_daemon_whose_layer_hangs(mount: Any, cachefs: Any, wait_until: Any) -> None:
     with ThreadPoolExecutor() as threads:  # ends after the mount is gone
@@ -316,7 +317,6 @@ def test_umount_by_force_ends_a_daemon_whose_layer_hangs(mount: Any, cachefs: An
     assert (mount(config()).path / "vm1").read_bytes()[4096:4108] == b"acknowledged"
 
 
-@pytest.mark.slow
 def test_umount_by_force_ends_a_daemon_that_does_not_run(mount: Any, cachefs: Any) -> None:
     mounted = mount(config())
     mounted.process.send_signal(signal.SIGSTOP)
@@ -394,7 +394,6 @@ def test_status_of_what_is_not_mounted_says_so(cachefs: Any, folder: Path) -> No
     assert "no mount of cachefs" in one_sentence(done)
 
 
-@pytest.mark.slow
 def test_status_of_a_daemon_that_hangs_says_so(mount: Any, cachefs: Any) -> None:
     mounted = mount(config())
     mounted.process.send_signal(signal.SIGSTOP)

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each starts daemons again and again
+
 MIB = 1 << 20
 SECTOR = 512
 SIZE = 2 * MIB + 3 * SECTOR
@@ -74,7 +76,6 @@ def make_base(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(60 + 10 * ROUNDS)
 @pytest.mark.parametrize("rounds", [ROUNDS])
 def test_nothing_synced_is_lost_when_the_daemon_is_killed(mount: Any, tmp_path: Path, rounds: int) -> None:

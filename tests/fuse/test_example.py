@@ -13,6 +13,8 @@ import pytest
 from cachefs.backends.file import FileConfig
 from cachefs.config import load
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "config.example.yaml"
 SIZE = 3 << 20
 CONTENT = b"the image's own bytes".ljust(4096, b".")

@@ -96,16 +96,15 @@ async def test_data_goes_to_the_data_plane_and_the_rest_to_libfuse_unchanged() -
 
 
 async def test_more_than_a_batch_is_served() -> None:
-    async with rig() as wires:
-        async with trio.open_nursery() as nursery:
+    async with rig() as wires, trio.open_nursery() as nursery:
 
-            async def send_all() -> None:
-                for unique in range(3 * BATCH):
-                    await wires.send(read_request(unique, 1))
-
-            nursery.start_soon(send_all)
+        async def send_all() -> None:
             for unique in range(3 * BATCH):
-                assert OUT_HEADER.unpack_from(await wires.hear())[2] == unique
+                await wires.send(read_request(unique, 1))
+
+        nursery.start_soon(send_all)
+        for unique in range(3 * BATCH):
+            assert OUT_HEADER.unpack_from(await wires.hear())[2] == unique
 
 
 async def test_requests_wait_for_a_libfuse_that_does_not_read() -> None:
