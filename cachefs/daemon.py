@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import trio
@@ -61,16 +61,25 @@ class Daemon:
         refuse_inside(self._mountpoint, self._config.state_dir)  # before anything is made in there
         self._config.state_dir.mkdir(parents=True, exist_ok=True)
         async with open_disks(self._config, self._mountpoint) as disks:
-            device = await trio.to_thread.run_sync(mount_device, self._mountpoint, mount_options(disks))
-            try:
-                await self._serve(device, disks, ready)
-            finally:
-                # Reached without an unmount only by a forced stop or a bug: the tree must not keep a dead mount.
-                if mounts.find_mount(self._mountpoint) is not None:
-                    mounts.try_unmount(self._mountpoint, lazy=True)
+            # The receiver before the mount: a signal in between would leave a dead one.
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT) as signals:
+                await self._mount_and_serve(disks, ready, signals)
         log.info("unmounted %s; every disk is flushed and closed", self._mountpoint)
 
-    async def _serve(self, device: int, disks: Sequence[Disk], ready: Callable[[], None]) -> None:
+    async def _mount_and_serve(
+        self, disks: Sequence[Disk], ready: Callable[[], None], signals: AsyncIterator[int]
+    ) -> None:
+        device = await trio.to_thread.run_sync(mount_device, self._mountpoint, mount_options(disks))
+        try:
+            await self._serve(device, disks, ready, signals)
+        finally:
+            # Reached without an unmount only by a forced stop or a bug: the tree must not keep a dead mount.
+            if mounts.find_mount(self._mountpoint) is not None:
+                mounts.try_unmount(self._mountpoint, lazy=True)
+
+    async def _serve(
+        self, device: int, disks: Sequence[Disk], ready: Callable[[], None], signals: AsyncIterator[int]
+    ) -> None:
         directory = namespace.Namespace(disks, self._boundary, str(self._config.state_dir), self.status)
         flags = {disk.inode: _open_flags(disk) for disk in disks}
         channel: Channel | None = None
@@ -82,7 +91,7 @@ class Daemon:
                         channel = Channel(device, self._dataplane, flags, self._config.poll)
                         services.start_soon(namespace.serve, directory, channel.hand_over())
                         services.start_soon(channel.serve_replies)
-                        services.start_soon(self._watch_signals, services.cancel_scope, requests.cancel_scope)
+                        services.start_soon(self._watch_signals, signals, services.cancel_scope, requests.cancel_scope)
                         services.start_soon(self._dataplane.waiting.watch_clients)
                         services.start_soon(self._watch_lag)
                         services.start_soon(self._announce, ready)
@@ -106,16 +115,17 @@ class Daemon:
 
     # ---- the end
 
-    async def _watch_signals(self, everything: trio.CancelScope, requests: trio.CancelScope) -> None:
+    async def _watch_signals(
+        self, signals: AsyncIterator[int], everything: trio.CancelScope, requests: trio.CancelScope
+    ) -> None:
         async with trio.open_nursery() as nursery:
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT) as signals:
-                async for number in signals:
-                    if number == signal.SIGQUIT or self._draining:
-                        self._force(everything, requests)
-                    else:
-                        self._draining = True
-                        notify(STOPPING="1", STATUS="draining")
-                        nursery.start_soon(self._drain)
+            async for number in signals:
+                if number == signal.SIGQUIT or self._draining:
+                    self._force(everything, requests)
+                else:
+                    self._draining = True
+                    notify(STOPPING="1", STATUS="draining")
+                    nursery.start_soon(self._drain)
 
     async def _drain(self) -> None:
         """Unmount as soon as nobody has a file open; serve until then, and say who has."""

@@ -69,6 +69,19 @@ def find_holders(mountpoint: Path) -> list[str]:
     return holders
 
 
+def find_servers(device: str) -> list[int]:
+    """Pids of the processes that hold the FUSE connection of the mount *device* ("major:minor"); none on kernels that
+    do not tell (fuse_connection in fdinfo is newer than Linux 6.1)."""
+    wanted = re.compile(rf"^fuse_connection:\s*{device.partition(':')[2]}$", re.MULTILINE)
+    servers: list[int] = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            process = link.parts[2]
+            if os.readlink(link) == "/dev/fuse" and wanted.search((link.parents[1] / "fdinfo" / link.name).read_text()):
+                servers.append(int(process))
+    return servers
+
+
 def try_unmount(mountpoint: Path, *, lazy: bool = False) -> bool:
     """Take the mount away. False while files of it are open. Blocks.
 

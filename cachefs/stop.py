@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -86,7 +87,10 @@ def _force(mountpoint: Path, device: str, pid: int | None, say: Callable[[str], 
             if mounts.find_mount(mountpoint) is not None:
                 mounts.try_unmount(mountpoint, lazy=True)
             return
-        os.kill(pid, signal.SIGKILL)
+    for server in {pid} - {None} | set(mounts.find_servers(device)):
+        assert server is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
     if not mounts.abort_connection(device):
         say("cannot abort the FUSE connection (only root may); taking the mount off the tree all the same")
     mounts.try_unmount(mountpoint, lazy=True)

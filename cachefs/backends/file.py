@@ -78,6 +78,7 @@ class File:
         file, identity, is_device = await trio.to_thread.run_sync(_open_now, name, str(config.path), env.writable)
         flag = FailedFlag(env.state_dir, env.owner, name)
         backend = cls(name, str(config.path), file, identity, flag, device=is_device, writable=env.writable)
+        problem: BackendError | None = None
         try:
             yield backend
         finally:
@@ -86,10 +87,13 @@ class File:
                     try:
                         await backend.flush()
                     except BackendError as exc:
-                        log.error("%s: the last flush failed: %s", backend.name, exc)
+                        problem = exc
+                        log.error("%s: the last flush failed: %s", backend.name, exc.detail)
                 await backend._rounds.wait_idle()
             backend._rounds.close()
             backend._file.close()
+        if problem is not None:
+            raise problem
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         self._written = True

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 PUNCH_PIECE = 4 << 20  # bytes per punch and lock
 _CHUNK_SECTORS = 2048  # of the map file, read or written at once
+LAST_FLUSH_TRIES = 30  # seconds that a close waits for space for the map
 LAYOUT = 1  # of the survivor memory: the planes of BlockMap
 
 
@@ -294,6 +295,7 @@ async def open_store(
     data, map_file, epoch = await trio.to_thread.run_sync(_open_files, path, header)
     store = BlockStore(path, name, header, data, map_file, epoch, flag)
     store.durable = durable
+    problem: CachefsError | None = None
     try:
         await trio.to_thread.run_sync(store.load_map)
         async with trio.open_nursery() as nursery:
@@ -307,19 +309,29 @@ async def open_store(
             finally:
                 # Also when we are cancelled: what was acknowledged goes to disk if it can.
                 with trio.CancelScope(shield=True):
-                    await _flush_last(store)
+                    problem = await _flush_last(store)
                 nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):  # its thread uses the descriptors
             await store.rounds.wait_idle()
         store.close_files()
+    if problem is not None:
+        raise problem
 
 
-async def _flush_last(store: BlockStore) -> None:
-    """A store that failed has said so already."""
+async def _flush_last(store: BlockStore) -> CachefsError | None:
+    """What keeps acknowledged writes from being durable. A lack of space is waited out for a while, and said."""
     if store.failed is not None:
-        return
-    try:
-        await store.flush()
-    except CachefsError as exc:
-        log.error("%s: the last flush failed: %s", store.name, exc)
+        return None  # and was said when it happened
+    for _ in range(LAST_FLUSH_TRIES):
+        try:
+            await store.flush()
+            return None
+        except NoSpaceError as exc:
+            problem: CachefsError = exc
+            log.error("%s: cannot close yet: %s: make room at %s", store.name, exc.detail, store.path)
+        except CachefsError as exc:
+            log.error("%s: the last flush failed: %s", store.name, exc.detail)
+            return exc
+        await trio.sleep(1)
+    return problem

@@ -4,9 +4,9 @@
       - faulty: {rules: ["OPERATION OFFSET WHAT", "OPERATION OFFSET WHAT once", ...]}
 
 OPERATION: try_read, try_write, try_flush, read, write, flush, trim, zero, extents, pending_error, allocated_bytes,
-statistics, open or close. OFFSET: the number of the request's first byte, or * for any. WHAT: RuntimeError, CachefsError (EIO), ENOSPC
-and ENOSYS (CachefsErrors of that errno), OSError (errno ENOSYS), ExceptionGroup; or hang: the request waits until the
-daemon gets SIGUSR1. A rule with `once` counts for one request.
+statistics, open or close. OFFSET: the number of the request's first byte, or * for any. WHAT: RuntimeError,
+CachefsError (EIO), ENOSPC and ENOSYS (CachefsErrors of that errno), OSError (errno ENOSYS), ExceptionGroup; or hang: the
+request waits until the daemon gets SIGUSR1. A rule with `once` counts for one request.
 """
 
 from __future__ import annotations
