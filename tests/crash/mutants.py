@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,7 @@ from unittest import mock
 
 import trio
 
+from cachefs.errors import BackendError, NoSpaceError
 from cachefs.layers.cow import Cow
 from cachefs.store.blockmap import SectorCopy, State
 from cachefs.store.blockstore import BlockStore
@@ -20,16 +22,34 @@ Patch = tuple[type, str, Callable[..., Any]]
 Copies = list[SectorCopy]
 
 
+def _with_its_errors(make_durable: Callable[[BlockStore, Copies], None]) -> Callable[[BlockStore, Copies], None]:
+    """As the real one puts them: a mutant has one thing wrong."""
+
+    def call(store: BlockStore, copies: Copies) -> None:
+        if store.failed is not None:
+            raise store.failed
+        try:
+            make_durable(store, copies)
+        except OSError as exc:
+            if exc.errno == errno.ENOSPC:
+                raise NoSpaceError("mutant", str(exc)) from exc
+            raise store.flag.fail(exc, store.path) from exc
+
+    return call
+
+
 def _write_map(store: BlockStore, copies: Copies) -> None:
     if copies:
         store._write_sectors(copies)
         os.fdatasync(store.map_file.descriptor)
 
 
+@_with_its_errors
 def _sync_map_only(store: BlockStore, copies: Copies) -> None:
     _write_map(store, copies)
 
 
+@_with_its_errors
 def _map_before_data(store: BlockStore, copies: Copies) -> None:
     if copies:
         store._write_sectors(copies)
@@ -43,6 +63,7 @@ def _no_copies(store: BlockStore) -> Copies:
     return []
 
 
+@_with_its_errors
 def _copy_after_sync(store: BlockStore, _: Copies) -> None:
     os.fdatasync(store.data.descriptor)
     _write_map(store, store.map.begin_round())
@@ -52,6 +73,7 @@ def _write_live_sectors(store: BlockStore, copies: Copies) -> None:
     _write_copies(store, [SectorCopy(copy.number, store.map._encode(copy.number)) for copy in copies])
 
 
+@_with_its_errors
 def _write_only(store: BlockStore, copies: Copies) -> None:
     os.fdatasync(store.data.descriptor)
     if copies:
@@ -65,14 +87,14 @@ def _forget_the_round(store: BlockStore, _: Copies, error: Exception | None) -> 
 
 def _join_the_running(rounds: FlushRounds[Any], done: Done) -> None:
     if rounds._running:
-        rounds.__dict__["waiters"].append(done)
+        rounds.__dict__.setdefault("late", []).append(done)
     else:
-        rounds._begin(rounds.__dict__.setdefault("waiters", []))
-        rounds.__dict__["waiters"].append(done)
+        rounds._begin([done])
 
 
-def _fresh_waiters(rounds: FlushRounds[Any], job: Any, error: Exception | None) -> None:
-    rounds.__dict__.pop("waiters", None)
+def _tell_the_late(rounds: FlushRounds[Any], job: Any, error: Exception | None) -> None:
+    for done in rounds.__dict__.pop("late", []):
+        done(error)
     _ended(rounds, job, error)
 
 
@@ -93,9 +115,7 @@ async def _let_old_bytes_be(cow: Cow, start: int, end: int) -> bytes:
     return await _surroundings(cow, start, end)
 
 
-def _note_nothing(flag: FailedFlag, exc: OSError, path: object) -> OSError:
-    from cachefs.errors import BackendError
-
+def _note_nothing(flag: FailedFlag, exc: OSError, path: object) -> BackendError:
     return BackendError("mutant", f"{path}: {exc}")
 
 
@@ -109,7 +129,7 @@ MUTANTS: dict[str, tuple[Patch, ...]] = {
     "live-sectors-written": ((BlockStore, "_write_sectors", _write_live_sectors),),
     "map-not-synced": ((BlockStore, "_make_durable", _write_only),),
     "failed-round-forgotten": ((BlockStore, "_end_round", _forget_the_round),),
-    "running-round-joined": ((FlushRounds, "ask", _join_the_running), (FlushRounds, "_ended", _fresh_waiters)),
+    "running-round-joined": ((FlushRounds, "ask", _join_the_running), (FlushRounds, "_ended", _tell_the_late)),
     "published-before-written": ((Cow, "_reserve", _publish_first),),
     "punched-without-looking": ((BlockStore, "_punch_piece", _punch_anything),),
     "old-bytes-under-zeros": ((Cow, "_surroundings", _let_old_bytes_be),),

@@ -14,15 +14,17 @@ from examples import BLOCK, CASES
 from powercut import FAULTS, Counted, cut_everywhere, make, request
 from trio.testing import wait_all_tasks_blocked
 
-from cachefs.errors import BackendError, CachefsError, NoSpaceError
+from cachefs.errors import BackendError, NoSpaceError
+from cachefs.store.blockmap import BLOCKS_PER_SECTOR
 from cachefs.testing.gate import Held
 from cachefs.testing.model import Flush, Trim, Write
 from cachefs.testing.rules import Rule
-from cachefs.testing.stacks import Case, Stack
+from cachefs.testing.stacks import Case, Stack, cow_layer
 from cachefs.testing.strategies import patterns
 from cachefs.testing.writelog import WriteLog
 
 FAST, SLOW = CASES[0], CASES[1]
+LARGE = Case("cow-two-map-sectors", (BLOCKS_PER_SECTOR + 1) * BLOCK + 500, cow_layer())
 ONE, TWO = Write(0, patterns(1, BLOCK)), Write(BLOCK, patterns(2, BLOCK))
 
 Scenario = Callable[[Stack, WriteLog], Awaitable[None]]
@@ -117,9 +119,19 @@ async def trimmed_and_written_in_part(stack: Stack, log: WriteLog) -> None:
         nursery.start_soon(request, stack.top, Write(512, patterns(3, 512)), log)
         await hold.wait_until_held()
         nursery.start_soon(request, stack.top, Trim(0, BLOCK), log)
+        await wait_all_tasks_blocked()
         nursery.start_soon(request, stack.top, Write(1024, patterns(2, 512)), log)
         await wait_all_tasks_blocked()
     await request(stack.top, Flush(), log)
+
+
+async def change_two_sectors_of_the_map(stack: Stack, log: WriteLog) -> None:
+    """A cut may keep either of them."""
+    for seed in (3, 4):
+        await request(stack.top, Write((BLOCKS_PER_SECTOR - 1) * BLOCK + 100, patterns(seed, 2 * BLOCK)), log)
+        await request(stack.top, Trim(5 * BLOCK, BLOCK), log)
+        await request(stack.top, Flush(), log)
+        await request(stack.top, Write(5 * BLOCK, patterns(seed + 2, BLOCK)), log)
 
 
 SCENARIOS: dict[Scenario, Case] = {
@@ -132,6 +144,7 @@ SCENARIOS: dict[Scenario, Case] = {
     flush_beside_a_write_in_its_thread: SLOW,
     trimmed_and_written_again: FAST,
     trimmed_and_written_in_part: FAST,
+    change_two_sectors_of_the_map: LARGE,
 }
 
 

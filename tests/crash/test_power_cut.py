@@ -7,7 +7,7 @@ import random
 
 import pytest
 from powercut import Counted
-from scenarios import SCENARIOS, Scenario, run_scenario
+from scenarios import SCENARIOS, Scenario, change_two_sectors_of_the_map, run_scenario
 from search import search
 
 CUTS = 10_000
@@ -28,6 +28,12 @@ def test_some_power_cuts_lose_nothing_that_was_flushed() -> None:
     search(1, 4, Counted())
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+SLOW = {change_two_sectors_of_the_map}
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(one, marks=pytest.mark.slow if one in SLOW else (), id=one.__name__) for one in SCENARIOS],
+)
 async def test_nothing_is_lost_in(scenario: Scenario) -> None:
-    assert (await run_scenario(scenario)).cuts > 50
+    assert (await run_scenario(scenario)).cuts >= 20

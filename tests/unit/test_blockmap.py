@@ -16,7 +16,7 @@ from cachefs.store.identity import Identity
 
 BLOCK = 4096
 BLOCKS = 2 * BLOCKS_PER_SECTOR + 100
-GOLDEN = Path(__file__).parents[1] / "crash" / "data" / "overlay-v1.map.bin"
+GOLDEN = Path(__file__).parents[1] / "crash" / "data" / "overlay-v1" / "map"
 
 
 def fresh(blocks: int = BLOCKS, block_size: int = BLOCK) -> BlockMap:

@@ -235,7 +235,7 @@ async def test_random_damage_is_refused_or_harmless_never_a_traceback(damage: li
 def test_header_that_lies_with_a_right_checksum_gives_no_traceback(offset: int, content: bytes) -> None:
     with tempfile.TemporaryDirectory(prefix="cachefs-", dir="/dev/shm") as name:
         path = Path(name) / "map"
-        path.write_bytes((Path(__file__).parents[1] / "crash/data/overlay-v1.map.bin").read_bytes())
+        path.write_bytes((Path(__file__).parents[1] / "crash/data/overlay-v1/map").read_bytes())
         with_header(path, offset, content)
         try:
             header = decode_header(path.read_bytes()[:HEADER_SIZE], "map")
