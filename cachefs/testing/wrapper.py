@@ -8,7 +8,7 @@ from __future__ import annotations
 import trio
 
 from cachefs.extent import Extent
-from cachefs.layers.base import Done, Layer, Statistics
+from cachefs.layers.base import Done, Layer, Slow, Statistics
 
 OPERATIONS = (
     "try_read_into",
@@ -79,17 +79,8 @@ class Wrapper:
         return self.child.statistics()
 
 
-class SlowOnly(Wrapper):
+class SlowOnly(Slow, Wrapper):
     """Never the fast path: what is tested is the async operations."""
-
-    def try_read_into(self, offset: int, buffer: memoryview) -> bool:
-        return False
-
-    def try_write(self, offset: int, data: memoryview) -> bool:
-        return False
-
-    def try_flush(self, done: Done) -> bool:
-        return False
 
 
 class Yielding(SlowOnly):
