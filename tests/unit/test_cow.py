@@ -7,7 +7,6 @@ import hashlib
 import os
 import struct
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,12 +35,6 @@ from cachefs.testing.strategies import patterns
 
 SIZE, BLOCK, GIB = 130000, 4096, 1 << 30
 MakeBench = Callable[..., Bench]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="cachefs-", dir="/dev/shm") as name:
-        yield Path(name)
 
 
 @pytest.fixture

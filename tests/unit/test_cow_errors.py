@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,6 @@ from cachefs.testing.strategies import patterns
 
 SIZE, BLOCK = 130000, 4096
 MakeBench = Callable[..., Bench]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="cachefs-", dir="/dev/shm") as name:
-        yield Path(name)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,12 +22,6 @@ from cachefs.testing.strategies import patterns
 
 SIZE, BLOCK = 130000, 4096
 MakeBench = Callable[..., Bench]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="cachefs-", dir="/dev/shm") as name:
-        yield Path(name)
 
 
 @pytest.fixture
