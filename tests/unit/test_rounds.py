@@ -74,6 +74,7 @@ async def test_flush_that_comes_during_a_round_gets_the_next_one(work: Work) -> 
         work.let_go()
     assert seen[0] == ("first", 1)
     assert sorted(seen[1:]) == [("second", 2), ("third", 2)]
+    await work.rounds.wait_idle()  # who waits is told before the round has ended on the loop
     assert work.rounds.completed == 2  # two of them shared one
 
 
@@ -94,11 +95,13 @@ async def test_error_goes_to_everybody_who_waits_for_the_round_and_to_nobody_els
             nursery.start_soon(flush)
         await wait_all_tasks_blocked()
         work.let_go(2)
+    await work.rounds.wait_idle()  # who waits is told before the round has ended on the loop
     assert errors == [work.error] * 3
     assert work.ended == [work.error] * 2
     work.error = None
     work.let_go()
     await work.rounds.flush()
+    await work.rounds.wait_idle()
     assert work.rounds.completed == 1
 
 
