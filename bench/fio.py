@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from report import SUBJECT, JobInfo, ParseError, Run, Sample, TargetInfo, parse_fio, print_tables, write_markdown
 from targets import (
@@ -34,12 +35,16 @@ from targets import (
 )
 
 RAMP_S = 0.2
+FRESH_SLICE = 128 << 20  # of a disk, for one round of a job on fresh blocks: 2048 clusters of qcow2
+FRESH_STEP = 64 << 10  # qcow2's cluster: each write is the first one into its own
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One fio job. `where` is a part of the disk: all of it, the written half, or the middle (half written)."""
+    """One fio job. `where` is a part of the disk: all of it, the written half, the middle (half written), or what lies
+    behind it for this job alone and is fresh in every round.
+    """
 
     name: str
     title: str
@@ -57,7 +62,13 @@ class Job:
         return JobInfo(self.name, self.title, self.unit, self.syncs, self.goal)
 
     def arguments(self, path: Path, size: int, runtime_s: float, seed: int) -> list[str]:
-        offset, length = {"all": (0, size), "written": (0, size // 2), "middle": (size // 4, size // 2)}[self.where]
+        """*size*: of the disk without the fresh part behind it. *seed*: the round's number, from 1."""
+        offset, length = {
+            "all": (0, size),
+            "written": (0, size // 2),
+            "middle": (size // 4, size // 2),
+            "fresh": (size + (seed - 1) * FRESH_SLICE, FRESH_SLICE),
+        }[self.where]
         share = length // self.workers
         options = {
             "name": self.name,
@@ -83,6 +94,8 @@ class Job:
             "group_reporting": 1,
             "output-format": "json",
         }
+        if self.where == "fresh":  # once through its slice, if there is time
+            del options["time_based"], options["ramp_time"]
         return ["fio", *(f"--{name}={value}" for name, value in options.items())]
 
 
@@ -100,6 +113,14 @@ def all_jobs() -> list[Job]:
         Job("seqread", "1 MiB sequential read", "read", "1m", 4, "middle", unit="MB/s", goal=2.5),
         Job("seqwrite", "1 MiB sequential write", "write", "1m", 4, "written", unit="MB/s", goal=1.1),
         Job("fdatasync", "4 KiB write + fdatasync", "randwrite", where="written", syncs=True),
+        Job(
+            "fdatasync-fresh",
+            "4 KiB write + fdatasync, fresh",
+            f"write:{FRESH_STEP - 4096}",
+            where="fresh",
+            syncs=True,
+            goal=0.8,
+        ),
         Job("qemu-read", "QEMU default: 4 KiB read", "randread", workers=4, buffered=True),
         Job("qemu-write", "QEMU default: 4 KiB write", "randwrite", where="written", workers=4, buffered=True),
     ]
@@ -153,8 +174,9 @@ class Bench:
         return names
 
     def _start_all(self, stack: ExitStack, names: Sequence[str], root: Path) -> list[Target]:
-        size = self.options.size_bytes
-        needed = size * 2 + size // 2 * len(names)
+        fresh = FRESH_SLICE * self.options.rounds if any(job.where == "fresh" for job in self.jobs) else 0
+        size = self.options.size_bytes + fresh
+        needed = size * 2 + (self.options.size_bytes // 2 + fresh) * len(names)
         if (free := shutil.disk_usage(root).free) < needed * 1.05:
             raise TargetError(f"{root.parent} has {free >> 20} MiB free, this run needs {needed >> 20}: try --size")
         self.tick(f"{root.parent}: creating the base image", 0)
@@ -182,13 +204,7 @@ class Bench:
         return started
 
     def _fill(self, target: Target) -> None:
-        """Write the lower half once, so that every later write is an overwrite; then warm up both halves."""
-        size = self.options.size_bytes
-        fill = Job("fill", "", "write", "1m", buffered=True).arguments(target.path, size // 2, 0, 1)
-        once = [argument for argument in fill if not argument.startswith(("--time_based", "--runtime", "--ramp_time"))]
-        parse_fio(self._fio(once, timeout_s=600))
-        for job in (Job("warm-up", "", "randread", depth=16), Job("warm-up", "", "randrw", depth=16, where="written")):
-            parse_fio(self._fio(job.arguments(target.path, size, 0.3, 1), timeout_s=60))
+        fill(target.path, self.options.size_bytes, self.options.client_cpu)
 
     def _measure_one(self, storage: str, job: Job, number: int, target: Target) -> None:
         self.tick(f"{storage}, round {number}: {job.title}, {target.name}", 1)
@@ -201,28 +217,14 @@ class Bench:
             error = str(failure)
         else:
             value = details["mb_s" if job.unit == "MB/s" else "iops"]
-            during = details["iops"] * (self.options.runtime + RAMP_S)
+            during = details["ios"] if job.where == "fresh" else details["iops"] * (self.options.runtime + RAMP_S)
             details["server_us_per_io"] = (target.cpu_seconds() - before) / during * 1e6
         self.run.samples.append(Sample(storage, job.name, number, target.name, value, details, error))
         if "read" not in job.rw.replace("randrw", "write"):
             settle(target.directory)
 
     def _fio(self, arguments: Sequence[str], timeout_s: float) -> str:
-        pinned = ["setpriv", "--pdeathsig", "KILL", "taskset", "-c", str(self.options.client_cpu), *arguments]
-        process = subprocess.Popen(
-            pinned, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            output, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            raise ParseError(f"fio did not end within {timeout_s:.0f} s") from None
-        finally:
-            process.kill()
-            process.wait()
-        text = output.decode(errors="replace")
-        if process.returncode and "{\n" not in text:
-            raise ParseError(text.strip()[-300:])
-        return text
+        return run_fio(arguments, self.options.client_cpu, timeout_s)
 
     def _look_at_the_idle(self, targets: Sequence[Target]) -> None:
         for target in targets:
@@ -240,7 +242,46 @@ class Bench:
                 self.run.idle_percent[target.name] = used / self.options.idle * 100
 
 
-def in_turn(targets: Sequence[Target], number: int) -> list[Target]:
+def pinned(arguments: Sequence[str], cpu: int) -> list[str]:
+    """The command line that runs *arguments* on *cpu* and ends them when we die."""
+    return ["setpriv", "--pdeathsig", "KILL", "taskset", "-c", str(cpu), *arguments]
+
+
+def run_fio(arguments: Sequence[str], cpu: int, timeout_s: float) -> str:
+    """What fio said, for `parse_fio`. Raises: ParseError."""
+    process = subprocess.Popen(
+        pinned(arguments, cpu),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise ParseError(f"fio did not end within {timeout_s:.0f} s") from None
+    finally:
+        process.kill()
+        process.wait()
+    text = output.decode(errors="replace")
+    if process.returncode and "{\n" not in text:
+        raise ParseError(text.strip()[-300:])
+    return text
+
+
+def fill(path: Path, size: int, cpu: int) -> None:
+    """Write the lower half once, so that every later write is an overwrite; then warm up both halves."""
+    job = Job("fill", "", "write", "1m", buffered=True).arguments(path, size // 2, 0, 1)
+    once = [argument for argument in job if not argument.startswith(("--time_based", "--runtime", "--ramp_time"))]
+    parse_fio(run_fio(once, cpu, timeout_s=600))
+    for warm in (Job("warm-up", "", "randread", depth=16), Job("warm-up", "", "randrw", depth=16, where="written")):
+        parse_fio(run_fio(warm.arguments(path, size, 0.3, 1), cpu, timeout_s=60))
+
+
+T = TypeVar("T")
+
+
+def in_turn(targets: Sequence[T], number: int) -> list[T]:
     """Another one first in every round, and every second round backwards: no target always follows the same one."""
     shift = number % len(targets)
     order = [*targets[shift:], *targets[:shift]]
@@ -308,6 +349,17 @@ def interrupt_once(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def size_of(parser: argparse.ArgumentParser, text: str) -> int:
+    """Bytes of a disk's size such as 1GiB."""
+    number, unit = text[:-3], text[-3:]
+    if unit not in UNITS or not number.isdigit():
+        parser.error(f"--size {text}: write it as 512MiB or 1GiB")
+    size = int(number) * UNITS[unit]
+    if size % (16 << 20) or not size:
+        parser.error("--size: a multiple of 16MiB")
+    return size
+
+
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     cpus = sorted(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -316,7 +368,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--rounds", type=int, default=5)
     add("--runtime", type=float, default=2.0, metavar="SECONDS", help="of each job on each target in each round")
     add("--size", default="1GiB", help="of the disk")
-    add("--storage", default="tmpfs,disk", help="where the data lies; comma separated")
+    add(
+        "--storage",
+        default="tmpfs,disk",
+        help="where the data lies: tmpfs, disk, or a directory such as a mounted ext4; comma separated",
+    )
     add("--tmpfs-dir", type=Path, default=Path("/dev/shm"))
     add("--disk-dir", type=Path, default=ROOT / ".build/bench")
     add("--targets", default=",".join(TARGETS), help="comma separated")
@@ -333,18 +389,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if "--quick" in arguments:
         parser.set_defaults(rounds=3, runtime=0.5, size="256MiB", storage="tmpfs", jobs="qd1$|qd16|seq|sync|qemu")
     options = parser.parse_args(arguments)
-    number, unit = options.size[:-3], options.size[-3:]
-    if unit not in UNITS or not number.isdigit():
-        parser.error(f"--size {options.size}: write it as 512MiB or 1GiB")
-    options.size_bytes = int(number) * UNITS[unit]
-    if options.size_bytes % (16 << 20) or not options.size_bytes:
-        parser.error("--size: a multiple of 16MiB")
+    options.size_bytes = size_of(parser, options.size)
     options.targets = options.targets.split(",")
     if unknown := set(options.targets) - set(TARGETS):
         parser.error(f"--targets: {', '.join(sorted(unknown))} unknown, choose from {', '.join(TARGETS)}")
     options.storage = options.storage.split(",")
-    if set(options.storage) - {"tmpfs", "disk"}:
-        parser.error("--storage: tmpfs, disk or both")
+    if unknown := {name for name in options.storage if name not in ("tmpfs", "disk") and not Path(name).is_dir()}:
+        parser.error(f"--storage: {', '.join(sorted(unknown))} is neither tmpfs nor disk nor a directory")
     options.cachefs_command = tuple(shlex.split(options.cachefs_command))
     return options
 
@@ -376,7 +427,8 @@ def main(arguments: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt_once)
     bench = Bench(options, jobs)
-    directories = {name: getattr(options, f"{name}_dir").resolve() for name in options.storage}
+    places = {"tmpfs": options.tmpfs_dir, "disk": options.disk_dir}
+    directories = {name: places.get(name, Path(name)).resolve() for name in options.storage}
     status = 0
     try:
         bench.measure(directories)

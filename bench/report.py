@@ -18,7 +18,7 @@ from typing import Any
 
 SUBJECT = "cachefs"
 CONTROL = "control"
-GOALS_STORAGE = "tmpfs"  # goals are about our own work, not about a disk's
+GOALS_STORAGE = "tmpfs"  # goals are about our own work, not about a disk's; but a flush is nothing without a disk
 BEGIN = "<!-- benchmark results: begin -->"
 END = "<!-- benchmark results: end -->"
 
@@ -46,7 +46,7 @@ class JobInfo:
     title: str
     unit: str  # "IOPS" or "MB/s"
     syncs: bool = False  # counts only against targets that really flush
-    goal: float | None = None  # the least ratio to the best peer, in tmpfs
+    goal: float | None = None  # the least ratio to the best peer, in tmpfs; of one that syncs, everywhere else
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _summarize_job(run: Run, storage: str, job: str) -> Row:
         control=spread(against_control),
         noise=noise,
         verdict=verdict_of(ratio.median if ratio else None, noise),
-        goal=info.goal if storage == GOALS_STORAGE else None,
+        goal=info.goal if (storage == GOALS_STORAGE) != info.syncs else None,
     )
 
 
@@ -191,6 +191,49 @@ def _ratios(rounds: Iterable[Mapping[str, float]], subject: str, others: Sequenc
         best = max((found[other] for other in others if other in found), default=None)
         if best and subject in found:
             yield found[subject] / best
+
+
+# One condition beside two controls
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A figure under some condition and twice without it, over all rounds. ratio: the condition to its round's control."""
+
+    title: str
+    unit: str
+    control: Spread
+    again: Spread
+    condition: Spread
+    ratio: Spread
+    noise: float  # of the second control to the first, the worst round
+
+    @property
+    def inside(self) -> bool:
+        """Whether the condition changed no more than the controls differ from each other."""
+        return verdict_of(self.ratio.median, self.noise) == "~"
+
+
+def compare(title: str, unit: str, rounds: Sequence[tuple[float, float, float]]) -> Comparison:
+    """*rounds*: control, control again and condition of each; all above zero, and at least one round."""
+    control, again, condition = (spread(column) for column in zip(*rounds, strict=True))
+    ratio = spread(values[2] / values[0] for values in rounds)
+    noise = noise_of(values[1] / values[0] for values in rounds)
+    if control is None or again is None or condition is None or ratio is None or noise is None:
+        raise ValueError("a comparison needs a round")
+    return Comparison(title, unit, control, again, condition, ratio, noise)
+
+
+def comparison_lines(comparisons: Sequence[Comparison], condition: str) -> list[str]:
+    """A Markdown table."""
+    head = ["figure", "unit", "control", "control again", condition, "ratio", "noise", "inside the noise"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 2)]
+    for found in comparisons:
+        cells = [f"{number(s.median)} ({number(s.low)}-{number(s.high)})" for s in (found.control, found.again)]
+        cells += [f"{number(found.condition.median)} ({number(found.condition.low)}-{number(found.condition.high)})"]
+        cells += [f"{found.ratio.median:.2f}x ({found.ratio.low:.2f}-{found.ratio.high:.2f})", f"±{found.noise:.0%}"]
+        lines.append("| " + " | ".join([found.title, found.unit, *cells, "yes" if found.inside else "no"]) + " |")
+    return lines
 
 
 # Text

@@ -154,12 +154,16 @@ class Cachefs(Target):
     def path(self) -> Path:
         return self.mountpoint / "vm1"
 
+    def disks(self) -> dict[str, Any]:
+        """As in the configuration; `vm1` is the one that is measured."""
+        return {"vm1": {"layers": [{"cow": {}}], "image": "base"}}
+
     def prepare(self) -> None:
         self.mountpoint.mkdir()
         config = {
             "state_dir": str(self.directory / "state"),
             "images": {"base": {"backend": {"file": {"path": str(self.place.base)}}}},
-            "disks": {"vm1": {"layers": [{"cow": {}}], "image": "base"}},
+            "disks": self.disks(),
         }
         (self.directory / "config.yaml").write_text(json.dumps(config, indent=2))  # JSON is YAML
 

@@ -29,6 +29,7 @@ from cachefs.fuse.boundary import Boundary
 from cachefs.fuse.channel import Channel, mount_device
 from cachefs.fuse.dataplane import Dataplane
 from cachefs.fuse.protocol import MAX_BACKGROUND, Open
+from cachefs.fuse.spill import Spill
 from cachefs.graph import refuse_inside
 from cachefs.notify import notify
 
@@ -64,7 +65,16 @@ class Daemon:
             # The receiver before the mount: a signal in between would leave a dead one.
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT) as signals:
                 await self._mount_and_serve(disks, ready, signals)
-        log.info("unmounted %s; every disk is flushed and closed", self._mountpoint)
+        failed = ", ".join(disk.name for disk in disks if disk.top.pending_error() is not None)
+        if failed:
+            log.error(
+                "unmounted %s; every disk is closed, and flushed but for %s, which failed (`cachefs overlay clear-failed` "
+                "says why)",
+                self._mountpoint,
+                failed,
+            )
+        else:
+            log.info("unmounted %s; every disk is flushed and closed", self._mountpoint)
 
     async def _mount_and_serve(
         self, disks: Sequence[Disk], ready: Callable[[], None], signals: AsyncIterator[int]
@@ -83,11 +93,14 @@ class Daemon:
         directory = namespace.Namespace(disks, self._boundary, str(self._config.state_dir), self.status)
         flags = {disk.inode: _open_flags(disk) for disk in disks}
         channel: Channel | None = None
+        spill = Spill(self._config.state_dir)
         try:
             async with trio.open_nursery() as services:
                 try:
                     async with trio.open_nursery() as requests:
-                        self._dataplane = Dataplane(device, disks, requests, self._boundary, _effective_background())
+                        self._dataplane = Dataplane(
+                            device, disks, requests, self._boundary, _effective_background(), spill
+                        )
                         channel = Channel(device, self._dataplane, flags, self._config.poll)
                         services.start_soon(namespace.serve, directory, channel.hand_over())
                         services.start_soon(channel.serve_replies)
@@ -102,6 +115,7 @@ class Daemon:
                 finally:
                     services.cancel_scope.cancel()
         finally:
+            spill.close()
             if channel is not None:
                 channel.close()  # now that nobody reads from it any more: one who was just woken would find it closed
 

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 BATCH = 64  # requests handled before other tasks get their turn
 RELAY_BUFFER = 4 << 20
 LONGEST_RUN_S = 0.001  # of polling without a turn for other tasks
-BUSY_WINDOW_S = 10e-6  # poll no longer than this while requests wait in tasks
+BUSY_WINDOW_S = 10e-6  # poll no longer than this while requests wait in tasks and may be over soon
 
 
 def mount_device(mountpoint: Path, options: str) -> int:
@@ -132,13 +132,13 @@ class Channel:
                 if handled < 0:
                     return
                 now = time.perf_counter()
-                waiting = self._dataplane.waiting.table
-                if handled == BATCH or self._turn_due or now - ran_since > LONGEST_RUN_S or (waiting and handled):
+                brisk = self._dataplane.waiting.is_brisk(now)
+                if handled == BATCH or self._turn_due or now - ran_since > LONGEST_RUN_S or (brisk and handled):
                     self._turn_due = False
                     await trio.lowlevel.checkpoint()
                     ran_since = time.perf_counter()
                 if handled == 0:
-                    limit = min(window.window, BUSY_WINDOW_S) if waiting else window.window
+                    limit = min(window.window, BUSY_WINDOW_S) if brisk else window.window
                     if not self._poll(now + limit):
                         break
 

@@ -46,6 +46,7 @@ from cachefs.fuse.protocol import (
     Opcode,
     error_reply,
 )
+from cachefs.fuse.spill import Spill
 from cachefs.fuse.waiting import Request, Waiting
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Dataplane:
     """Serves the data requests of all disks of a mount.
 
     device: the descriptor that replies are written to. nursery: where requests wait that cannot be finished at once.
+    spill: for the data of writes that wait; without it all of that stays in memory.
     """
 
     def __init__(
@@ -72,12 +74,15 @@ class Dataplane:
         nursery: trio.Nursery,
         boundary: Boundary,
         background: int = MAX_BACKGROUND,
+        spill: Spill | None = None,
     ) -> None:
         self._device = device
         self._disks = {disk.inode: disk for disk in disks}
         self._boundary = boundary
         self.pool = BufferPool()
-        self.waiting = Waiting(nursery, self.pool, boundary, self.reply, self._work, background)
+        self.waiting = Waiting(
+            nursery, self.pool, boundary, self.reply, self._work, background, spill or Spill(directory=None)
+        )
         self.counts = [0] * 64  # by opcode, of all requests, namespace included
         self.malformed = 0
         self.now_ns = time.time_ns()  # brought up to date once per batch by the channel

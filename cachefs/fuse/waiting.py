@@ -5,7 +5,7 @@ did the work, or `watch_clients`, which every LOOK_S gives up on requests whose 
 once and cancels the task; what was handed to the kernel by then runs to its end, and its buffer stays in use until then.
 
     arrives -> RUN: a task with its buffer -> answered -> the oldest that is queued takes its place
-            -> QUEUE: header, or data in memory of its size
+            -> QUEUE: header, or data (`cachefs.fuse.spill`)
             -> REFUSE: EIO (`cachefs.limits` says when)
 """
 
@@ -23,11 +23,13 @@ from cachefs.fuse import clients
 from cachefs.fuse.boundary import Boundary
 from cachefs.fuse.buffers import DATA_AT, Buffer, BufferPool
 from cachefs.fuse.protocol import OPCODE_NAMES, Opcode, error_reply
+from cachefs.fuse.spill import Piece, Spill
 from cachefs.limits import Admission, Verdict
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.25  # between two looks at who waits
+BRISK_S = 0.1  # whoever has waited this long does not mind that the channel polls a moment before it comes to them
 REFUSALS_SAID_S = 10.0  # between two log lines about refused requests of one disk
 
 
@@ -37,13 +39,13 @@ class Request:
     __slots__ = (
         "buffer",
         "client",
-        "data",
         "disk",
         "flags",
         "looked",
         "offset",
         "opcode",
         "pid",
+        "piece",
         "scope",
         "size",
         "unique",
@@ -60,7 +62,7 @@ class Request:
         self.size = size
         self.flags = flags
         self.buffer: Buffer | None = None  # while it runs in a task
-        self.data = b""  # of a WRITE in the queue
+        self.piece: Piece | None = None  # the data of a WRITE that was queued
         self.scope: trio.CancelScope | None = None
         self.looked = False
         self.client: clients.Client | None = None
@@ -84,17 +86,27 @@ class Waiting:
         reply: Callable[[bytes | memoryview], None],
         work: Work,
         background: int,
+        spill: Spill,
     ) -> None:
         self._nursery = nursery
         self._pool = pool
         self._boundary = boundary
         self._reply = reply
         self._work = work
+        self._spill = spill
         self.admission: Admission[Request] = Admission(background)
         self.table: dict[int, Request] = {}
         self.given_up = 0
         self._refusals_said: dict[int, float] = {}
         self._something_waits = trio.Event()
+        self._newest = 0.0  # when the last request was registered, time.perf_counter()
+
+    def is_brisk(self, now: float) -> bool:
+        """Whether something waits that may be over soon. now: time.perf_counter().
+
+        What a disk that hangs collects is not: it must cost the other disks nothing.
+        """
+        return bool(self.table) and now - self._newest < BRISK_S
 
     def add(self, request: Request, buffer: Buffer) -> bool:
         """Take *request* over, with the *buffer* that it came in. True: the buffer may be used again."""
@@ -107,13 +119,15 @@ class Waiting:
         if verdict is Verdict.RUN:
             self._start(request, buffer)
             return False
-        request.data = bytes(buffer.view[DATA_AT : DATA_AT + data_bytes])
+        if data_bytes:
+            request.piece = self._spill.put(bytes(buffer.view[DATA_AT : DATA_AT + data_bytes]))
         self.admission.put(request.disk.inode, request, data_bytes)
         return True
 
     def register(self, request: Request) -> None:
         """Note a request that somebody else will `finish`."""
         self.table[request.unique] = request
+        self._newest = time.perf_counter()
         if len(self.table) == 1:
             self._something_waits.set()
 
@@ -132,6 +146,8 @@ class Waiting:
         reply: bytes | memoryview = error_reply(request.unique, errno.EIO)  # for one that a forced stop cancels
         try:
             with scope:
+                if request.piece is not None:
+                    await self._spill.take(request.piece, buffer.view[DATA_AT : DATA_AT + request.piece.length])
                 reply = await self._work(request)
         except Exception as exc:
             reply = error_reply(request.unique, self._boundary.errno_of(exc, str(request)))
@@ -140,10 +156,7 @@ class Waiting:
             self._pool.give_back(buffer)
             successor = self.admission.done(request.disk.inode)
             if successor is not None:
-                fresh = self._pool.take()
-                fresh.view[DATA_AT : DATA_AT + len(successor.data)] = successor.data
-                successor.data = b""
-                self._start(successor, fresh)
+                self._start(successor, self._pool.take())
 
     def _refuse(self, request: Request) -> None:
         self._reply(error_reply(request.unique, errno.EIO))
@@ -190,8 +203,13 @@ class Waiting:
         self.finish(request, error_reply(request.unique, errno.EINTR))
         if request.scope is not None:
             request.scope.cancel()
-        else:
-            self.admission.take_queued(request.disk.inode, request)
+        elif self.admission.take_queued(request.disk.inode, request) and request.piece is not None:
+            self._spill.forget(request.piece)
 
     def statistics(self) -> dict[str, int]:
-        return {**self.admission.statistics(), "given_up_requests": self.given_up}
+        return {
+            **self.admission.statistics(),
+            "queued_memory_bytes": self._spill.memory_bytes,
+            "spilled_bytes": self._spill.spilled_bytes,
+            "given_up_requests": self.given_up,
+        }

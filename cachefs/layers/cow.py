@@ -34,9 +34,10 @@ from cachefs.extent import Extent, ExtentKind, merge_extents
 from cachefs.layers.base import ALL_CAPS, Done, Environment, Geometry, Layer, Options, Statistics
 from cachefs.store import files
 from cachefs.store.blockmap import Run, State
-from cachefs.store.blockstore import BlockStore, open_store, read_header
+from cachefs.store.blockstore import BlockStore, open_store
 from cachefs.store.failedflag import FailedFlag
 from cachefs.store.files import Header, StoreLock
+from cachefs.store.mapfile import read_header
 from cachefs.units import LocalPath, Size, format_size, is_power_of_two, split_aligned
 
 _ZEROS = bytes(1 << 20)

@@ -9,33 +9,37 @@
 `in_round` (one bit per sector). A kill may fall between any two stores, so no change passes through ABSENT: to ZERO sets
 zero, then clears written; to DATA sets written, then clears zero; and the sector's dirty bit is set before either.
 
-*Durable form*: an array of 512-byte sectors, each with magic, crc32, generation and index of its own, and the states of
-BLOCKS_PER_SECTOR blocks. Any mixture of old and new sectors is a valid map. Byte table: docs/formats/overlay.md.
+*Durable form*: sectors (`cachefs.store.sectors`) with the states of BLOCKS_PER_SECTOR blocks each. Byte table:
+docs/formats/overlay.md.
 
-A flush *round* takes copies of the dirty sectors (`begin_round`), and after they are durable says so (`end_round`), or
-not (`abandon_round`). All methods are synchronous, for one event loop; nothing here does I/O.
+All methods are synchronous, for one event loop; nothing here does I/O.
 """
 
 from __future__ import annotations
 
 import enum
-import struct
-import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from bitarray import bitarray
+from bitarray.util import zeros
 
-from cachefs.errors import FormatError
+from cachefs.store.sectors import (
+    BODY_SIZE,
+    SECTOR_SIZE,
+    DirtySectors,
+    SectorCopies,
+    SectorCopy,
+    bitmap_size,
+    decode_sector,
+)
 
-SECTOR_SIZE = 512
-SECTOR_HEAD = struct.Struct("<4sIQQ8x")  # magic, crc32 of all behind it, generation, index
-STATES_SIZE = SECTOR_SIZE - SECTOR_HEAD.size  # 480: two planes of 240 bytes
-PLANE_SIZE = STATES_SIZE // 2
+PLANE_SIZE = BODY_SIZE // 2  # two planes
 BLOCKS_PER_SECTOR = PLANE_SIZE * 8
 SECTOR_MAGIC = b"cfsM"
 LAYOUT = 1
-_CRC_OFFSET = 8
+_PAGE_SHIFT = 15  # blocks whose bits fill a page of memory
+_DAMAGED = "The blocks it describes cannot be told apart from the base; restore the overlay from a backup"
 
 
 class State(enum.Enum):
@@ -52,11 +56,6 @@ class Run(NamedTuple):
     length: int
 
 
-class SectorCopy(NamedTuple):
-    number: int  # of the sector in the map
-    content: bytes  # SECTOR_SIZE bytes, as they go to the file
-
-
 def sector_count(blocks: int) -> int:
     return -(-blocks // BLOCKS_PER_SECTOR)
 
@@ -64,11 +63,7 @@ def sector_count(blocks: int) -> int:
 def working_size(blocks: int) -> int:
     """Bytes of the working form."""
     sectors = sector_count(blocks)
-    return 2 * sectors * PLANE_SIZE + 2 * _bitmap_size(sectors)
-
-
-def _bitmap_size(bits: int) -> int:
-    return -(-bits // 64) * 8
+    return 2 * sectors * PLANE_SIZE + 2 * bitmap_size(sectors)
 
 
 class BlockMap:
@@ -83,14 +78,14 @@ class BlockMap:
         self.shift = block_size.bit_length() - 1
         self.sectors = sector_count(blocks)
         self._memory = memory
-        plane, bitmap = self.sectors * PLANE_SIZE, _bitmap_size(self.sectors)
+        plane = self.sectors * PLANE_SIZE
         self._zero_at = plane
         self.written = bitarray(buffer=memory[:plane], endian="little")
         self.zero = bitarray(buffer=memory[plane : 2 * plane], endian="little")
-        self._dirty = bitarray(buffer=memory[2 * plane : 2 * plane + bitmap], endian="little")
-        self._in_round = bitarray(buffer=memory[2 * plane + bitmap :], endian="little")
+        self._dirty = DirtySectors(memory[2 * plane :], self.sectors)
+        # Pages of `written` that hold something: a look at another one would allocate it, and zeroes need none.
+        self._written_pages = zeros((self.sectors * BLOCKS_PER_SECTOR >> _PAGE_SHIFT) + 1)
         self.data_blocks = 0  # counted here, never in the planes: to read a page nobody touched would allocate it
-        self.generation = 0
 
     # ---- look-up
 
@@ -139,6 +134,7 @@ class BlockMap:
         if before == end - start:
             return
         self._mark_dirty(start, end)
+        self._written_pages[start >> _PAGE_SHIFT : ((end - 1) >> _PAGE_SHIFT) + 1] = True
         self.written[start:end] = True
         self.zero[start:end] = False
         self.data_blocks += end - start - before
@@ -147,67 +143,54 @@ class BlockMap:
         """To ZERO."""
         if self.zero.find(0, start, end) < 0:
             return
-        before = self.written.count(1, start, end)
+        pages = start >> _PAGE_SHIFT, ((end - 1) >> _PAGE_SHIFT) + 1
+        before = self.written.count(1, start, end) if self._written_pages.find(1, *pages) >= 0 else 0
         self._mark_dirty(start, end)
         self.zero[start:end] = True
-        self.written[start:end] = False
-        self.data_blocks -= before
+        if before:
+            self.written[start:end] = False
+            self.data_blocks -= before
 
     def _mark_dirty(self, start: int, end: int) -> None:
-        self._dirty[start // BLOCKS_PER_SECTOR : (end - 1) // BLOCKS_PER_SECTOR + 1] = True
+        self._dirty.mark(start // BLOCKS_PER_SECTOR, (end - 1) // BLOCKS_PER_SECTOR + 1)
 
     # ---- the durable form
 
     @property
-    def dirty_sectors(self) -> int:
-        return self._dirty.count(1)
+    def generation(self) -> int:
+        """Of the last round."""
+        return self._dirty.generation
 
-    def begin_round(self) -> list[SectorCopy]:
-        """Copies of all dirty sectors, in order; from here on they are *in round* and may become dirty again."""
-        if not self._dirty.any():
-            return []
-        self.generation += 1
-        indices = list(self._dirty.search(1))
-        # in_round first: a kill in between leaves a sector in both, never in neither
-        for index in indices:
-            self._in_round[index] = True
-        copies = [SectorCopy(index, self._encode(index)) for index in indices]
-        self._dirty.setall(0)
-        return copies
+    @property
+    def dirty_sectors(self) -> int:
+        return self._dirty.count
+
+    def begin_round(self) -> SectorCopies:
+        """Copies of all dirty sectors, in order."""
+        return self._dirty.begin_round(SECTOR_MAGIC, self._copy)
 
     def end_round(self) -> None:
         """The copies of the round are durable."""
-        self._in_round.setall(0)
+        self._dirty.end_round()
 
     def abandon_round(self) -> None:
         """The round failed: its sectors are dirty again."""
-        self._dirty |= self._in_round
-        self._in_round.setall(0)
+        self._dirty.abandon_round()
 
-    def _encode(self, index: int) -> bytes:
-        at = index * PLANE_SIZE
-        written = self._memory[at : at + PLANE_SIZE]
-        zero = self._memory[self._zero_at + at : self._zero_at + at + PLANE_SIZE]
-        body = SECTOR_HEAD.pack(SECTOR_MAGIC, 0, self.generation, index)[_CRC_OFFSET:] + bytes(written) + bytes(zero)
-        return SECTOR_MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+    def _copy(self, start: int, end: int) -> tuple[bytes, bytes]:
+        """The two planes of these sectors."""
+        first, last = start * PLANE_SIZE, end * PLANE_SIZE
+        return bytes(self._memory[first:last]), bytes(self._memory[self._zero_at + first : self._zero_at + last])
 
     def load(self, index: int, content: bytes, where: str) -> None:
         """Take over sector *index* as read from the file. All zeros: never written, all ABSENT.
 
         Raises: FormatError when it is not this sector, or is damaged.
         """
-        if not any(content):
+        decoded = decode_sector(SECTOR_MAGIC, index, content, where, _DAMAGED)
+        if decoded is None:
             return
-        magic, crc, generation, own_index = SECTOR_HEAD.unpack_from(content)
-        if len(content) != SECTOR_SIZE or magic != SECTOR_MAGIC or crc != zlib.crc32(content[_CRC_OFFSET:]):
-            raise FormatError(
-                where,
-                f"sector {index} of the block map is damaged (its checksum does not match). The blocks it describes "
-                "cannot be told apart from the base; restore the overlay from a backup",
-            )
-        if own_index != index:
-            raise FormatError(where, f"sector {index} of the block map says it is sector {own_index}; restore a backup")
-        body = content[SECTOR_HEAD.size :]
+        generation, body = decoded
         zero = int.from_bytes(body[PLANE_SIZE:], "little")
         written = int.from_bytes(body[:PLANE_SIZE], "little") & ~zero  # zero wins
         inside = (1 << min(BLOCKS_PER_SECTOR, self.blocks - index * BLOCKS_PER_SECTOR)) - 1  # nothing past the end
@@ -216,7 +199,10 @@ class BlockMap:
         self._memory[at : at + PLANE_SIZE] = written.to_bytes(PLANE_SIZE, "little")
         self._memory[self._zero_at + at : self._zero_at + at + PLANE_SIZE] = zero.to_bytes(PLANE_SIZE, "little")
         self.data_blocks += written.bit_count()
-        self.generation = max(self.generation, generation)
+        if written:
+            first = index * BLOCKS_PER_SECTOR
+            self._written_pages[first >> _PAGE_SHIFT : ((first + BLOCKS_PER_SECTOR - 1) >> _PAGE_SHIFT) + 1] = True
+        self._dirty.generation = max(self._dirty.generation, generation)
 
 
-__all__ = ["BlockMap", "Run", "SectorCopy", "State", "working_size"]
+__all__ = ["SECTOR_SIZE", "BlockMap", "Run", "SectorCopy", "State", "working_size"]

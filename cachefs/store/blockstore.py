@@ -14,9 +14,10 @@ A failed fdatasync is final: the kernel may have dropped the pages, and asking a
 The store is *failed* from then on: nothing more goes into the map file, writes are refused, every flush raises. ENOSPC
 while the map is written is no such thing: it is reported, the sectors are dirty again, the next flush tries again.
 
-Freeing needs no sync: a block that is ZERO reads as zeros whatever lies under it. So it is punched later, in pieces, under
-its range lock, and what is no longer ZERO or ABSENT by then is skipped. What a dead daemon left unpunched is found with
-SEEK_DATA at the next open, in the background.
+Freeing needs no sync: a block that is ZERO reads as zeros whatever lies under it. So it is punched later: one bit per
+PUNCH_PIECE of the disk says that there may be something to free (a million trims that wait cost no more memory than one).
+In a piece whose turn has come SEEK_DATA finds what is allocated; what of it is not DATA is punched under its range lock,
+looked up again under it. What a dead daemon left unpunched is found in the same way at the next open.
 
 Concurrency: one event loop. `locks` are this store's; whoever changes blocks on the slow path holds them.
 """
@@ -26,27 +27,30 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
+from bitarray.util import zeros
 
-from cachefs.errors import BackendError, CachefsError, FormatError, NoSpaceError, StoreError
+from cachefs.errors import BackendError, CachefsError, NoSpaceError
 from cachefs.extent import ExtentKind
 from cachefs.rangelock import RangeLocks
-from cachefs.store import files
-from cachefs.store.blockmap import SECTOR_SIZE, BlockMap, SectorCopy, State, working_size
+from cachefs.store.blockmap import BlockMap, State, working_size
 from cachefs.store.failedflag import FailedFlag
-from cachefs.store.files import HEADER_SIZE, Header
+from cachefs.store.files import Header
 from cachefs.store.localfile import LocalFile
+from cachefs.store.mapfile import load_sectors, open_files, write_sectors
 from cachefs.store.rounds import Done, FlushRounds
+from cachefs.store.sectors import SectorCopies
 from cachefs.survivor import SurvivorMemory
 
 log = logging.getLogger(__name__)
 
-PUNCH_PIECE = 4 << 20  # bytes per punch and lock
-_CHUNK_SECTORS = 2048  # of the map file, read or written at once
+PUNCH_PIECE = 4 << 20  # bytes per bit, and at most per punch and lock
+LOOK_PIECES = 1024  # that one look for allocated space may cover,
+LOOK_EXTENTS = 8192  # and what it may find: at least one piece of the smallest extents
 LAST_FLUSH_TRIES = 30  # seconds that a close waits for space for the map
 LAYOUT = 1  # of the survivor memory: the planes of BlockMap
 
@@ -71,8 +75,9 @@ class BlockStore:
         self.rounds = FlushRounds(name, self._begin_round, lambda copies: self._make_durable(copies), self._end_round)
         self.punched_bytes = 0
         self._can_punch = True
-        self._punches: trio.MemorySendChannel[tuple[int, int]]
-        self._unpunched = 0  # ranges handed over and not finished
+        self._piece = max(1, PUNCH_PIECE >> self.map.shift)  # blocks
+        self._unpunched = zeros(-(-blocks // self._piece))  # by piece
+        self._punch_due = trio.Event()
         self._all_punched = trio.Event()
         self._all_punched.set()
 
@@ -95,19 +100,19 @@ class BlockStore:
         if self.durable:
             await self.rounds.flush()
 
-    def _begin_round(self) -> list[SectorCopy]:
+    def _begin_round(self) -> SectorCopies:
         """Step 1."""
         self.data.file_system.slow += 1
         return self.map.begin_round()
 
-    def _end_round(self, _: list[SectorCopy], error: Exception | None) -> None:
+    def _end_round(self, _: SectorCopies, error: Exception | None) -> None:
         self.data.file_system.slow -= 1
         if error is None:
             self.map.end_round()
         else:
             self.map.abandon_round()
 
-    def _make_durable(self, copies: list[SectorCopy]) -> None:
+    def _make_durable(self, copies: SectorCopies) -> None:
         """Steps 2 to 4, in the thread of the rounds."""
         if self.failed is not None:  # by the round before this one
             raise self.failed
@@ -128,18 +133,9 @@ class BlockStore:
         except OSError as exc:
             raise self.flag.fail(exc, self.path / "map") from exc
 
-    def _write_sectors(self, copies: list[SectorCopy]) -> None:
-        """Neighbouring sectors are one write."""
-        begin = 0
-        while begin < len(copies):
-            end = begin + 1
-            while (
-                end < len(copies) and end - begin < _CHUNK_SECTORS and copies[end].number == copies[end - 1].number + 1
-            ):
-                end += 1
-            content = b"".join(copy.content for copy in copies[begin:end])
-            self.map_file.write_now(HEADER_SIZE + copies[begin].number * SECTOR_SIZE, (content,))
-            begin = end
+    def _write_sectors(self, copies: SectorCopies) -> None:
+        """Step 3."""
+        write_sectors(self.map_file, copies)
 
     @property
     def failed(self) -> BackendError | None:
@@ -155,23 +151,69 @@ class BlockStore:
     def punch_later(self, start: int, end: int) -> None:
         """Free the space of these blocks (indices) in the background; whatever holds data by then is left alone."""
         if self._can_punch and start < end:
-            self._unpunched += 1
-            self._all_punched = trio.Event() if self._unpunched == 1 else self._all_punched
-            self._punches.send_nowait((start, end))
+            self._unpunched[start // self._piece : (end - 1) // self._piece + 1] = True
+            if self._all_punched.is_set():
+                self._all_punched = trio.Event()
+                self._punch_due.set()
 
     async def wait_punched(self) -> None:
         """Until all that was handed to `punch_later` so far has been tried."""
         await self._all_punched.wait()
 
-    async def _puncher(self, ranges: trio.MemoryReceiveChannel[tuple[int, int]]) -> None:
-        piece = max(1, PUNCH_PIECE >> self.map.shift)
-        async for first, last in ranges:
-            for start in range(first, last, piece):
-                if self._can_punch:
-                    await self._punch_piece(start, min(last, start + piece))
-            self._unpunched -= 1
-            if not self._unpunched:
-                self._all_punched.set()
+    async def _puncher(self) -> None:
+        """Round and round, so that a piece which is trimmed all the time does not keep the others waiting."""
+        while True:
+            await self._punch_due.wait()
+            number = 0
+            while (number := self._next_unpunched(number)) >= 0:
+                number = await self._punch_some(number)
+            self._punch_due = trio.Event()
+            self._all_punched.set()
+
+    def _next_unpunched(self, number: int) -> int:
+        """The next piece from *number* on, else from the first; -1: there is none."""
+        found = self._unpunched.find(1, number)
+        return found if found >= 0 else self._unpunched.find(1)
+
+    async def _punch_some(self, number: int) -> int:
+        """Free what can be freed in the pieces from *number* on, as far as one look into the file reaches; the next one."""
+        shift, piece = self.map.shift, self._piece
+        offset, stop = number * piece << shift, min(number + LOOK_PIECES, len(self._unpunched))
+        marked = self._unpunched[number:stop]
+        self._unpunched[number:stop] = False  # whatever is trimmed from here on marks its piece anew
+        try:
+            length = min(stop * piece << shift, self.header.size) - offset
+            extents = await self.data.extents(offset, length, LOOK_EXTENTS) if self._can_punch else []
+        except OSError as exc:
+            self._cannot_free(exc)
+            return stop
+        if extents and extents[-1].end < offset + length:
+            seen = (extents[-1].end >> shift) // piece
+            self._unpunched[seen:stop] |= marked[seen - number :]
+            stop = seen
+        for extent in extents:
+            if extent.kind is ExtentKind.DATA:
+                start, end = extent.offset >> shift, -(-extent.end >> shift)
+                for first, last in self._in_pieces(start, end):
+                    if marked[first // piece - number]:
+                        await self._punch_allocated(first, last)
+        return stop
+
+    def _in_pieces(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        while start < end:
+            last = min(end, (start // self._piece + 1) * self._piece)
+            yield start, last
+            start = last
+
+    async def _punch_allocated(self, start: int, end: int) -> None:
+        """Of these blocks of one piece, which take space, those that are not DATA."""
+        shift = self.map.shift
+        for run in list(self.map.runs(start << shift, (end - start) << shift)):
+            if run.state is not State.DATA and self._can_punch:
+                await self._punch_piece(run.offset >> shift, (run.offset + run.length) >> shift)
+
+    def _cannot_free(self, exc: OSError) -> None:
+        log.warning("%s: cannot free space: %s; it stays held until the next mount", self.name, exc)
 
     async def _punch_piece(self, start: int, end: int) -> None:
         hold = await self.locks.acquire(start, end, wait_for_pins=True)
@@ -185,7 +227,7 @@ class BlockStore:
             if exc.errno == errno.EOPNOTSUPP:
                 self._can_punch = False  # space stays held; contents are right all the same
             else:
-                log.warning("%s: cannot free space: %s; it stays held until the next mount", self.name, exc)
+                self._cannot_free(exc)
         finally:
             self.locks.release(hold)
 
@@ -196,40 +238,24 @@ class BlockStore:
             try:
                 extents = await self.data.extents(offset, size - offset, 256)
             except OSError as exc:
-                log.warning("%s: cannot look for space to free: %s; it stays held until the next mount", self.name, exc)
+                self._cannot_free(exc)
                 return
             for extent in extents:
                 if extent.kind is ExtentKind.DATA:
-                    for run in list(self.map.runs(extent.offset, extent.length)):
-                        if run.state is not State.DATA:
-                            self.punch_later(
-                                run.offset >> self.map.shift, -(-(run.offset + run.length) >> self.map.shift)
-                            )
+                    for first, last in self._in_pieces(
+                        extent.offset >> self.map.shift, -(-extent.end >> self.map.shift)
+                    ):
+                        if not self.map.is_data(first, last):
+                            self.punch_later(first, last)
             offset = extents[-1].end
             await trio.lowlevel.checkpoint()
 
     # ---- opening
 
     def load_map(self) -> None:
-        """Fill the working map from the map file; blocks. What was never written is a hole there, and is not read.
-
-        Raises: FormatError.
-        """
-        offset, end = HEADER_SIZE, files.map_size(self.header)
-        while offset < end:
-            for extent in self.map_file.extents_now(offset, end - offset, 256):
-                if extent.kind is ExtentKind.DATA:
-                    first = (extent.offset - HEADER_SIZE) // SECTOR_SIZE
-                    self._load_sectors(first, -(-(extent.end - HEADER_SIZE) // SECTOR_SIZE))
-                offset = extent.end
-
-    def _load_sectors(self, first: int, last: int) -> None:
-        for start in range(first, last, _CHUNK_SECTORS):
-            count = min(_CHUNK_SECTORS, last - start)
-            content = os.pread(self.map_file.descriptor, count * SECTOR_SIZE, HEADER_SIZE + start * SECTOR_SIZE)
-            for number in range(count):
-                sector = content[number * SECTOR_SIZE : (number + 1) * SECTOR_SIZE]
-                self.map.load(start + number, sector, str(self.path / "map"))
+        """Fill the working map from the map file; blocks. Raises: FormatError."""
+        where = str(self.path / "map")
+        load_sectors(self.map_file, self.header, lambda number, content: self.map.load(number, content, where))
 
     def close_files(self) -> None:
         self.rounds.close()
@@ -250,40 +276,6 @@ class BlockStore:
         }
 
 
-def read_header(path: Path) -> Header:
-    """Raises: FormatError, StoreError."""
-    try:
-        with (path / "map").open("rb") as file:
-            content = file.read(HEADER_SIZE)
-    except OSError as exc:
-        raise StoreError(
-            str(path), f"cannot read the store's map: {exc.strerror}; check the path and its rights"
-        ) from exc
-    return files.decode_header(content, str(path / "map"))
-
-
-def _open_files(path: Path, header: Header) -> tuple[LocalFile, LocalFile, int]:
-    """Data, map, and the epoch that this opening began."""
-    descriptors: list[int] = []
-    try:
-        for part, wanted in (("data", header.size), ("map", files.map_size(header))):
-            descriptors.append(os.open(path / part, os.O_RDWR))
-            size = os.fstat(descriptors[-1]).st_size
-            if size != wanted:
-                raise FormatError(
-                    str(path / part), f"has {size} bytes and should have {wanted}; restore it from a backup"
-                )
-        data, map_file = LocalFile(descriptors[0], header.size), LocalFile(descriptors[1], files.map_size(header))
-        return data, map_file, files.bump_epoch(path)
-    except BaseException as exc:
-        for descriptor in descriptors:
-            os.close(descriptor)
-        if isinstance(exc, OSError):
-            detail = f"cannot open the store: {exc.strerror}; check its rights and its device"
-            raise StoreError(str(path), detail) from exc
-        raise
-
-
 @asynccontextmanager
 async def open_store(
     path: Path, name: str, header: Header, flag: FailedFlag, *, durable: bool = True
@@ -292,15 +284,14 @@ async def open_store(
 
     Raises: StoreError, FormatError.
     """
-    data, map_file, epoch = await trio.to_thread.run_sync(_open_files, path, header)
+    data, map_file, epoch = await trio.to_thread.run_sync(open_files, path, header)
     store = BlockStore(path, name, header, data, map_file, epoch, flag)
     store.durable = durable
     problem: CachefsError | None = None
     try:
         await trio.to_thread.run_sync(store.load_map)
         async with trio.open_nursery() as nursery:
-            store._punches, ranges = trio.open_memory_channel[tuple[int, int]](float("inf"))
-            nursery.start_soon(store._puncher, ranges)
+            nursery.start_soon(store._puncher)
             nursery.start_soon(store._punch_leftovers)
             try:
                 yield store

@@ -6,7 +6,8 @@
     <path>/lock    flock'ed by the daemon that serves the store; its text names that daemon
 
 A new directory is filled under a temporary name, synced, renamed, and its parent synced. The header is written once and
-never rewritten. Byte table: docs/formats/overlay.md. All functions here block; call them in a thread.
+never rewritten. The overlay and the cache share this; what differs is a `StoreFormat`. All functions here block; call
+them in a thread.
 """
 
 from __future__ import annotations
@@ -22,18 +23,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cachefs.errors import FormatError, LockedError, StoreError
-from cachefs.store.blockmap import SECTOR_SIZE, sector_count
+from cachefs.store import blockmap
 from cachefs.store.identity import Identity
+from cachefs.store.sectors import SECTOR_SIZE
 
-MAGIC = b"cachefs\n"
-VERSION = 1
 HEADER_SIZE = 4096
-CHECKSUM_CRC32 = 1  # zlib's, over header and map sectors; the data of an overlay carries none
 # magic, crc32 of all behind it, version, uuid, size, block size, checksum, flags, length of the base's identity
 _HEAD = struct.Struct("<8sII16sQIIII")
 _EPHEMERAL = 1  # flag: deleted when its disk is detached
 _BODY_AT = 12
 _EPOCH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class StoreFormat:
+    """A kind of store. checksum: a number that stands for the algorithms over its header, map sectors and data."""
+
+    noun: str
+    magic: bytes
+    version: int
+    checksum: int
+    blocks_per_sector: int
+    advice: str
+    """What to do about one that is damaged."""
+
+
+OVERLAY = StoreFormat("store", b"cachefs\n", 1, 1, blockmap.BLOCKS_PER_SECTOR, "restore it from a backup")
+"""Checksum 1: crc32 as in zlib over header and map sectors; the data carries none. Byte table: docs/formats/overlay.md"""
 
 
 @dataclass(frozen=True)
@@ -45,60 +61,62 @@ class Header:
     base: Identity
     ephemeral: bool = False
     uuid: uuid.UUID = field(default_factory=uuid.uuid4)
+    format: StoreFormat = OVERLAY
 
     def encode(self) -> bytes:
         base = json.dumps({"kind": self.base.kind, "facts": dict(self.base.facts)}, sort_keys=True).encode()
         body = _HEAD.pack(
-            MAGIC,
+            self.format.magic,
             0,
-            VERSION,
+            self.format.version,
             self.uuid.bytes,
             self.size,
             self.block_size,
-            CHECKSUM_CRC32,
+            self.format.checksum,
             int(self.ephemeral),
             len(base),
         )[_BODY_AT:]
         body = (body + base).ljust(HEADER_SIZE - _BODY_AT, b"\0")
         if len(body) != HEADER_SIZE - _BODY_AT:
             raise ValueError("the base's identity does not fit into a header")
-        return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+        return self.format.magic + zlib.crc32(body).to_bytes(4, "little") + body
 
 
-def decode_header(content: bytes, where: str) -> Header:
+def decode_header(content: bytes, where: str, wanted: StoreFormat = OVERLAY) -> Header:
     """Raises: FormatError when *content* is no header, a damaged one, or one of a version that is not known here."""
-    if len(content) != HEADER_SIZE or content[:8] != MAGIC:
+    if len(content) != HEADER_SIZE or content[:8] != wanted.magic:
         raise FormatError(
-            where, "this is no cachefs store (its header does not begin with the magic bytes); check the path"
+            where, f"this is no cachefs {wanted.noun} (its header does not begin with the magic bytes); check the path"
         )
     _, crc, version, identifier, size, block_size, checksum, flags, base_length = _HEAD.unpack_from(content)
     if crc != zlib.crc32(content[_BODY_AT:]):
         raise FormatError(
-            where, "the store's header is damaged (its checksum does not match); restore it from a backup"
+            where, f"the {wanted.noun}'s header is damaged (its checksum does not match); {wanted.advice}"
         )
-    if version != VERSION or checksum != CHECKSUM_CRC32 or flags & ~_EPHEMERAL:
+    if version != wanted.version or checksum != wanted.checksum or flags & ~_EPHEMERAL:
         raise FormatError(
             where,
-            f"the store has format version {version}, checksum {checksum}, flags {flags:#x}; this cachefs "
-            f"knows version {VERSION}, checksum {CHECKSUM_CRC32}: open it with the cachefs that made it, or a later one",
+            f"the {wanted.noun} has format version {version}, checksum {checksum}, flags {flags:#x}; this cachefs knows "
+            f"version {wanted.version}, checksum {wanted.checksum}: open it with the cachefs that made it, or a later one",
         )
     try:
         base = json.loads(content[_HEAD.size : _HEAD.size + base_length])
         identity = Identity(str(base["kind"]), {str(name): str(value) for name, value in base["facts"].items()})
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise FormatError(
-            where, f"the identity of the base in the header cannot be read ({exc}); restore a backup"
+            where, f"the identity of the base in the header cannot be read ({exc}); {wanted.advice}"
         ) from exc
     if block_size < SECTOR_SIZE or block_size & (block_size - 1):
         raise FormatError(
-            where, f"the header says {block_size} bytes per block, which is no power of two; restore a backup"
+            where, f"the header says {block_size} bytes per block, which is no power of two; {wanted.advice}"
         )
-    return Header(size, block_size, identity, bool(flags & _EPHEMERAL), uuid.UUID(bytes=identifier))
+    return Header(size, block_size, identity, bool(flags & _EPHEMERAL), uuid.UUID(bytes=identifier), wanted)
 
 
 def map_size(header: Header) -> int:
     """Bytes of the map file. It has them from the start, so that one which was cut short is noticed."""
-    return HEADER_SIZE + sector_count(-(-header.size // header.block_size)) * SECTOR_SIZE
+    blocks = -(-header.size // header.block_size)
+    return HEADER_SIZE + -(-blocks // header.format.blocks_per_sector) * SECTOR_SIZE
 
 
 def create(path: Path, header: Header) -> None:
@@ -148,10 +166,13 @@ def sync_directory(path: Path) -> None:
 class StoreLock:
     """The exclusive lock of a store, held from construction to `close` (or the end of the process).
 
+    advice: what to do about it when somebody else has it.
     Raises: LockedError naming the holder; StoreError when the lock file cannot be opened.
     """
 
-    def __init__(self, path: Path, holder: str) -> None:
+    def __init__(
+        self, path: Path, holder: str, advice: str = "unmount it there, or give this disk a path of its own"
+    ) -> None:
         try:
             self._descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as exc:
@@ -161,9 +182,7 @@ class StoreLock:
         except BlockingIOError:
             text = os.pread(self._descriptor, 512, 0).decode(errors="replace").strip() or "another process"
             os.close(self._descriptor)
-            raise LockedError(
-                str(path), f"is in use by {text}; unmount it there, or give this disk a path of its own"
-            ) from None
+            raise LockedError(str(path), f"is in use by {text}; {advice}") from None
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"{holder}, pid {os.getpid()}\n".encode(), 0)
 

@@ -23,6 +23,16 @@ class Identity:
     kind: str
     facts: Mapping[str, str]
 
+    @property
+    def lasts(self) -> bool:
+        """Whether equal identities mean equal contents also after the base was closed. Memory begins anew each time."""
+        return self.kind != "memory"
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether only a part of the contents was looked at, so that two bases may have it that are not the same."""
+        return self.kind == "block-device"
+
     def changes(self, now: Identity) -> list[str]:
         """What differs in *now*, a phrase each ("size was 1048576, is 2097152"); empty when it is the same base."""
         if self.kind != now.kind:

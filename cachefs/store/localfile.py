@@ -116,6 +116,7 @@ class LocalFile:
         # Whether writes know NOWAIT cannot be asked without writing; the first one tells.
         self._write_flags = 0 if self.file_system.is_tmpfs else os.RWF_NOWAIT
         self._inline_writes = inline_writes
+        self._allocated_bytes = os.fstat(descriptor).st_blocks * 512
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -207,6 +208,14 @@ class LocalFile:
         with self.file_system.busy():
             await self.run(fallocate, self.descriptor, PUNCH_HOLE | KEEP_SIZE, offset, length)
 
+    def punch_now(self, offset: int, length: int) -> None:
+        """`punch`, in the thread that calls it."""
+        fallocate(self.descriptor, PUNCH_HOLE | KEEP_SIZE, offset, length)
+
+    def sync_now(self) -> None:
+        """fdatasync. Raises: OSError, which is final for what was written since the last good one."""
+        os.fdatasync(self.descriptor)
+
     async def zero_range(self, offset: int, length: int) -> None:
         """The range reads as zeros and keeps its space."""
         with self.file_system.busy():
@@ -236,4 +245,7 @@ class LocalFile:
         return found
 
     def allocated_bytes(self) -> int:
-        return os.fstat(self.descriptor).st_blocks * 512
+        """What it was last known to be where not even fstat(2) answers any more (xfs after it shut itself down)."""
+        with contextlib.suppress(OSError):
+            self._allocated_bytes = os.fstat(self.descriptor).st_blocks * 512
+        return self._allocated_bytes

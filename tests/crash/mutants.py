@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -13,13 +13,14 @@ import trio
 
 from cachefs.errors import BackendError, NoSpaceError
 from cachefs.layers.cow import Cow
-from cachefs.store.blockmap import SectorCopy, State
+from cachefs.store.blockmap import SECTOR_MAGIC, SectorCopy, State
 from cachefs.store.blockstore import BlockStore
 from cachefs.store.failedflag import FailedFlag
 from cachefs.store.rounds import Done, FlushRounds
+from cachefs.store.sectors import encode_sector
 
 Patch = tuple[type, str, Callable[..., Any]]
-Copies = list[SectorCopy]
+Copies = Iterable[SectorCopy]
 
 
 def _with_its_errors(make_durable: Callable[[BlockStore, Copies], None]) -> Callable[[BlockStore, Copies], None]:
@@ -70,7 +71,10 @@ def _copy_after_sync(store: BlockStore, _: Copies) -> None:
 
 
 def _write_live_sectors(store: BlockStore, copies: Copies) -> None:
-    _write_copies(store, [SectorCopy(copy.number, store.map._encode(copy.number)) for copy in copies])
+    def live(number: int) -> bytes:
+        return encode_sector(SECTOR_MAGIC, store.map.generation, number, b"".join(store.map._copy(number, number + 1)))
+
+    _write_copies(store, [SectorCopy(copy.number, live(copy.number)) for copy in copies])
 
 
 @_with_its_errors

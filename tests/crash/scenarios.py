@@ -103,9 +103,14 @@ async def flush_beside_a_write_in_its_thread(stack: Stack, log: WriteLog) -> Non
 
 async def trimmed_and_written_again(stack: Stack, log: WriteLog) -> None:
     assert stack.cow is not None
+    assert stack.file is not None
     await request(stack.top, ONE, log)
-    await request(stack.top, Trim(0, BLOCK), log)
-    await request(stack.top, ONE, log)
+    hold = stack.file.hold("punch")
+    async with held(hold) as nursery:  # whose lock keeps the write away
+        await request(stack.top, Trim(0, BLOCK), log)
+        await hold.wait_until_held()
+        nursery.start_soon(request, stack.top, ONE, log)
+        await wait_all_tasks_blocked()
     await stack.cow.store.wait_punched()
     await request(stack.top, Flush(), log)
 

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 from cachefs import survivor
-from cachefs.store import blockmap, files
+from cachefs.store import blockmap, files, sectors
 from cachefs.store.identity import Identity
 
 FORMATS = Path(__file__).parents[2] / "docs" / "formats"
@@ -44,9 +44,9 @@ def test_header_of_an_overlay_is_as_described() -> None:
     assert [(offset, length) for offset, length, _ in rows] == fields(files._HEAD)
     assert follows(rows)
     assert f"| {files._HEAD.size} | | Identity of the base" in (FORMATS / "overlay.md").read_text()
-    assert f"Format version: {files.VERSION}" in [row[2] for row in rows]
-    assert repr(files.MAGIC.decode())[1:-1] in rows[0][2]
-    assert f"{files.CHECKSUM_CRC32} is crc32" in next(row[2] for row in rows if row[0] == 44)
+    assert f"Format version: {files.OVERLAY.version}" in [row[2] for row in rows]
+    assert repr(files.OVERLAY.magic.decode())[1:-1] in rows[0][2]
+    assert f"{files.OVERLAY.checksum} is crc32" in next(row[2] for row in rows if row[0] == 44)
 
 
 def test_fields_of_a_header_lie_where_the_table_says() -> None:
@@ -72,11 +72,11 @@ def test_fields_of_a_header_lie_where_the_table_says() -> None:
 def test_map_sector_is_as_described() -> None:
     rows = table("overlay.md", "Map sector")
     assert follows(rows)
-    head = [row for row in rows if row[0] < blockmap.SECTOR_HEAD.size]
-    assert [(offset, length) for offset, length, _ in head] == fields(blockmap.SECTOR_HEAD)
+    head = [row for row in rows if row[0] < sectors.SECTOR_HEAD.size]
+    assert [(offset, length) for offset, length, _ in head] == fields(sectors.SECTOR_HEAD)
     assert [(offset, length) for offset, length, _ in rows[len(head) :]] == [
-        (blockmap.SECTOR_HEAD.size, blockmap.PLANE_SIZE),
-        (blockmap.SECTOR_HEAD.size + blockmap.PLANE_SIZE, blockmap.PLANE_SIZE),
+        (sectors.SECTOR_HEAD.size, blockmap.PLANE_SIZE),
+        (sectors.SECTOR_HEAD.size + blockmap.PLANE_SIZE, blockmap.PLANE_SIZE),
     ]
     assert rows[-1][0] + rows[-1][1] == blockmap.SECTOR_SIZE
     assert f"`{blockmap.SECTOR_MAGIC.decode()}`" in rows[0][2]

@@ -6,7 +6,8 @@
 OPERATION: try_read, try_write, try_flush, read, write, flush, trim, zero, extents, pending_error, allocated_bytes,
 statistics, open or close. OFFSET: the number of the request's first byte, or * for any. WHAT: RuntimeError,
 CachefsError (EIO), ENOSPC and ENOSYS (CachefsErrors of that errno), OSError (errno ENOSYS), ExceptionGroup; or hang: the
-request waits until the daemon gets SIGUSR1. A rule with `once` counts for one request.
+request waits until the daemon gets SIGUSR1, after which none waits any more until SIGUSR2. A rule with `once` counts for
+one request.
 """
 
 from __future__ import annotations
@@ -34,8 +35,18 @@ ERRORS = {
 GATE = trio.Event()  # what hangs, of all disks, waits for it
 
 
+def close_gate() -> None:
+    """What comes from now on hangs, until the next SIGUSR1."""
+    global GATE
+    GATE = trio.Event()
+
+
 class FaultyConfig(Options):
     rules: list[str]
+
+    @property
+    def passes_writes(self) -> bool:
+        return True
 
 
 class Faulty:
@@ -55,10 +66,12 @@ class Faulty:
     async def open(cls, config: FaultyConfig, child: Layer, env: Environment) -> AsyncIterator[Faulty]:
         layer = cls(config, child, env.owner)
         loop = trio.lowlevel.current_trio_token()
-        before = signal.signal(signal.SIGUSR1, lambda *_: loop.run_sync_soon(GATE.set))
+        before = signal.signal(signal.SIGUSR1, lambda *_: loop.run_sync_soon(lambda: GATE.set()))
+        before2 = signal.signal(signal.SIGUSR2, lambda *_: loop.run_sync_soon(close_gate))
         await layer.meet("open")
         yield layer
         signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGUSR2, before2)
         await layer.meet("close")
 
     def _find(self, operation: str, offset: int) -> str | None:

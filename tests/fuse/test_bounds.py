@@ -15,15 +15,16 @@ from typing import Any
 
 import pytest
 
+from cachefs.fuse.spill import KEPT_BYTES
 from cachefs.limits import BUFFERS_PER_DISK, REQUESTS_PER_DISK
 
 FAULTY = (str(Path(__file__).with_name("faulty.py")),)
 SIZE = 64 << 20
 
 
-def serve(mount: Any, *rules: str) -> Any:
+def serve(mount: Any, *rules: str, size: int = SIZE) -> Any:
     """vm1 breaks the *rules* (see faulty.py); vm2 does not."""
-    backend = {"memory": {"size": SIZE}}
+    backend = {"memory": {"size": size}}
     disks = {"vm1": {"layers": [{"faulty": {"rules": list(rules)}}], "backend": backend}, "vm2": {"backend": backend}}
     return mount({"disks": disks}, program=FAULTY)
 
@@ -168,3 +169,23 @@ def test_queued_writes_land_with_their_own_data(mount: Any, wait_until: Any) -> 
     for n in range(count):
         assert os.pread(descriptor, 8192, n * 8192) == bytes([n % 251 + 1]) * 4096 + bytes(4096)
     os.close(descriptor)
+
+
+@pytest.mark.slow
+def test_large_writes_that_wait_leave_memory_and_land_with_their_own_data(mount: Any, wait_until: Any) -> None:
+    length, count = 1 << 20, 2 * BUFFERS_PER_DISK + 40
+    mounted = serve(mount, "write * hang", size=count * length)
+    descriptor = os.open(mounted.path / "vm1", os.O_RDWR)
+    with ThreadPoolExecutor(count) as threads:
+        writes = [threads.submit(os.pwrite, descriptor, bytes([n + 1]) * length, n * length) for n in range(count)]
+        try:
+            wait_until(lambda: daemon(mounted)["waiting_requests"] == count, "all wait")
+            wait_until(lambda: daemon(mounted)["queued_memory_bytes"] <= KEPT_BYTES, "what is too much is in the file")
+            assert daemon(mounted)["spilled_bytes"] > 30 * length  # of 104 MiB in the queue
+        finally:
+            mounted.process.send_signal(signal.SIGUSR1)
+        assert [write.result() for write in writes] == [length] * count
+    for n in range(count):
+        assert os.pread(descriptor, length, n * length) == bytes([n + 1]) * length
+    os.close(descriptor)
+    assert daemon(mounted)["queued_memory_bytes"] == 0

@@ -1,5 +1,6 @@
 """The pure parts of bench/: what a benchmark concludes from its samples."""
 
+import dataclasses
 import json
 import random
 import sys
@@ -10,7 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 import fio
+import hung
 import report
+import stall
 import targets
 
 
@@ -198,14 +201,70 @@ def test_every_target_is_first_at_some_time_and_runs_once_a_round():
 
 def test_jobs_have_unique_names_and_stay_on_the_disk():
     jobs = fio.all_jobs()
-    assert len({job.name for job in jobs}) == len(jobs) == 17
+    assert len({job.name for job in jobs}) == len(jobs) == 18
     size = 1 << 30
     for job in jobs:
+        if job.where == "fresh":
+            continue
         options = dict(argument[2:].split("=", 1) for argument in job.arguments(Path("/x:y"), size, 0.5, 1)[1:])
         end = int(options["offset"]) + int(options["size"]) * int(options["numjobs"])
         assert end <= (size if "write" not in job.rw and job.rw != "randrw" else size // 2)
         assert options["filename"] == "/x\\:y"
         assert options["runtime"] == "500ms"
+
+
+def test_a_job_on_fresh_blocks_has_others_in_every_round_and_no_two_writes_in_a_cluster():
+    (job,) = (job for job in fio.all_jobs() if job.where == "fresh")
+    size = 1 << 30
+    ends = [size]
+    for number in (1, 2, 3):
+        options = dict(argument[2:].split("=", 1) for argument in job.arguments(Path("/x"), size, 0.5, number)[1:])
+        assert int(options["offset"]) == ends[-1]
+        ends.append(ends[-1] + int(options["size"]))
+        assert (options["rw"], options["bs"]) == ("write:61440", "4k")
+        assert "time_based" not in options
+        assert "ramp_time" not in options
+
+
+def test_goals_of_jobs_that_sync_are_for_disks_and_those_of_others_for_memory():
+    for syncs, storage, goal in (
+        (False, "tmpfs", 1.5),
+        (True, "tmpfs", None),
+        (True, "disk", 1.5),
+        (False, "disk", None),
+    ):
+        run = run_of({"cachefs": [100], "qsd": [100]}, syncs=syncs, goal=1.5)
+        run.samples = [dataclasses.replace(sample, storage=storage) for sample in run.samples]
+        assert report.summarize(run, storage)[0].goal == goal
+
+
+def test_a_condition_is_compared_with_the_controls_of_its_own_rounds():
+    rounds = [(100.0, 110.0, 50.0), (200.0, 200.0, 190.0), (100.0, 80.0, 90.0)]
+    found = report.compare("read", "IOPS", rounds)
+    assert found.control == report.Spread(100, 100, 200, 3)
+    assert found.ratio == report.Spread(0.9, 0.5, 0.95, 3)
+    assert found.noise == pytest.approx(0.25)
+    assert found.inside
+    assert not report.compare("read", "IOPS", [(100, 101, 80)]).inside
+    assert not report.compare("gap", "ms", [(10, 11, 20)]).inside  # more is as far outside as less
+    line = report.comparison_lines([found], "held")[2]
+    assert line == ("| read | IOPS | 100 (100-200) | 110 (80-200) | 90 (50-190) | 0.90x (0.50-0.95) | ±25% | yes |")
+
+
+def test_the_other_tools_measure_every_condition_in_turn():
+    assert {stall.CONDITIONS[0], hung.CONDITIONS[0]} == {"control"}
+    assert {fio.in_turn(hung.CONDITIONS, number)[0] for number in range(1, 7)} == set(hung.CONDITIONS)
+    assert stall.PUNCHED + stall.DIRTY <= stall.SIZE
+
+
+def test_a_client_tells_its_longest_gap(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "disk"
+    path.touch()
+    targets.os.truncate(path, stall.ACTIVE)
+    stall.be_client(path, "write", 0.02)
+    found = json.loads(capsys.readouterr().out)
+    assert found["count"] >= 1
+    assert found["longest_gap_ms"] > 0
 
 
 def test_cpu_time_of_a_process_is_counted():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import random
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
 from cachefs.errors import NoSpaceError
+from cachefs.store import blockstore
 from cachefs.store.blockmap import State
 from cachefs.testing.faults import Faults
 from cachefs.testing.model import (
@@ -219,6 +222,25 @@ async def test_trimmed_space_is_given_back_soon(make: MakeBench) -> None:
         await stack.top.trim(0, 4 << 20)
         await stack.cow.store.wait_punched()
         assert held_bytes(stack) == 0
+
+
+async def test_trims_all_over_the_disk_free_their_space_however_little_one_look_finds(
+    make: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("PUNCH_PIECE", 4 * BLOCK), ("LOOK_PIECES", 8), ("LOOK_EXTENTS", 4)):
+        monkeypatch.setattr(blockstore, name, value)
+    async with make(4 << 20, backend="file").open() as stack:
+        assert stack.cow is not None
+        blocks = list(range((4 << 20) // BLOCK))
+        random.Random(1).shuffle(blocks)
+        for block in blocks[:600]:
+            await write(stack.top, block * BLOCK, b"x" * BLOCK)
+        for number, block in enumerate(blocks[:400]):
+            await stack.top.trim(block * BLOCK, BLOCK)
+            if number % 50 == 0:
+                await trio.lowlevel.checkpoint()  # the puncher begins with what there is
+        await stack.cow.store.wait_punched()
+        assert held_bytes(stack) == stack.top.statistics().values["data_bytes"] == 200 * BLOCK
 
 
 async def test_space_that_no_block_owns_is_freed_when_the_overlay_is_opened(make: MakeBench) -> None:

@@ -226,6 +226,24 @@ async def test_cow_does_not_punch_what_was_written_after_the_trim(stack: Stack) 
     assert await read(stack.top, 0, 4 * BLOCK) == bytes(BLOCK) + patterns(1, BLOCK) + bytes(2 * BLOCK)
 
 
+async def test_cow_does_not_punch_what_was_written_while_the_punch_waited_for_the_lock(stack: Stack) -> None:
+    assert stack.cow is not None
+    assert stack.file is not None
+    locks = stack.cow.store.locks
+    await write(stack.top, 0, patterns(9, BLOCK))
+    held = stack.file.hold("write")
+    async with trio.open_nursery() as nursery:
+        await stack.top.trim(0, BLOCK)
+        nursery.start_soon(write, stack.top, 0, patterns(1, BLOCK))  # has the lock when the punch comes and finds zeros
+        await held.wait_until_held()
+        with trio.fail_after(5):
+            while not locks.statistics()["locks_waiting"]:
+                await trio.lowlevel.checkpoint()
+        held.open()
+    await stack.cow.store.wait_punched()
+    assert await read(stack.top, 0, BLOCK) == patterns(1, BLOCK)
+
+
 async def test_cow_read_of_the_overlay_keeps_the_punch_away(stack: Stack) -> None:
     """A read that found data and is in its thread gets the data or zeros that a trim left, and the punch waits for it."""
     assert stack.cow is not None
