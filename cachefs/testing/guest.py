@@ -67,10 +67,14 @@ def _program(name: str) -> str:
 # ---------------------------------------------------------------------------------------------- the image of a disk
 
 
-def make_image(path: Path, size: int = 128 * MIB, files: int = 12) -> None:
+def make_image(
+    path: Path, size: int = 128 * MIB, files: int = 12, contents_size: int = 4 * MIB, unread: bool = False
+) -> None:
     """An ext4 of *size* bytes at *path*: *files* files of known contents, /manifest with their SHA-256, /boots.log.
 
-    The contents are the same each time, the file system around them (identifiers, times) is not.
+    *contents_size*: of all files together, about. *unread*: the manifest names every second file, in no order, so that a
+    guest jumps about and leaves places out. The contents are the same each time, the file system around them (identifiers,
+    times) is not.
     """
     contents = random.Random(1)
     # a name of its own, so that whoever finds `path` finds it complete
@@ -79,10 +83,13 @@ def make_image(path: Path, size: int = 128 * MIB, files: int = 12) -> None:
         (root / "files").mkdir(parents=True)
         manifest = []
         for number in range(files):
-            # sizes that end anywhere in a block; about 4 MiB together
-            data = contents.randbytes(contents.randrange(1, 2 * (4 * MIB // files)))
+            # sizes that end anywhere in a block
+            data = contents.randbytes(contents.randrange(1, 2 * (contents_size // files)))
             (root / "files" / f"{number}.bin").write_bytes(data)
             manifest.append(f"{hashlib.sha256(data).hexdigest()}  files/{number}.bin\n")
+        if unread:
+            manifest = manifest[::2]
+            contents.shuffle(manifest)
         (root / "manifest").write_text("".join(manifest))
         (root / "boots.log").write_text("made on the host\n")
         part = path.with_name(path.name + ".part")
@@ -194,7 +201,8 @@ def _with_dependencies(kernel: Path, wanted: Sequence[str]) -> list[Path]:
     `depends=` is read: `.modinfo` is a list of NUL-terminated `key=value`.
     """
     files = {path.stem.replace("-", "_"): path for path in kernel.glob("lib/modules/*/kernel/**/*.ko")}
-    builtin = {Path(line).stem.replace("-", "_") for line in _one(kernel, "lib/modules/*/modules.builtin").open()}
+    lines = _one(kernel, "lib/modules/*/modules.builtin").read_text().splitlines()
+    builtin = {Path(line).stem.replace("-", "_") for line in lines}
     order: list[Path] = []
 
     def add(name: str) -> None:

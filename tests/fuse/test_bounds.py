@@ -61,6 +61,8 @@ def test_a_killed_client_of_a_hung_disk_is_gone_within_a_second_and_a_half(
     else:
         client = fio(mounted.path / "vm1", "--ioengine=libaio", "--iodepth=100")
     wait_until(lambda: daemon(mounted)["waiting_requests"] >= (1 if kind == "synchronous" else 100), "its reads hang")
+    looked = daemon(mounted)["uptime_s"] + 1  # who is killed before the first look at them may not be known any more
+    wait_until(lambda: daemon(mounted)["uptime_s"] > looked, "the daemon has looked who waits")
     before = time.monotonic()
     client.kill()
     client.communicate(timeout=15)
