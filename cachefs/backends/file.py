@@ -132,19 +132,21 @@ class File:
             await self._rounds.flush()
 
     def _begin_round(self) -> None:
-        self._file.file_system.slow += 1
+        self._file.file_system.syncs.add(self)
 
     def _end_round(self, _: None, error: Exception | None) -> None:
-        self._file.file_system.slow -= 1
+        pass
 
     def _sync(self, _: None) -> None:
         """One round, in its thread."""
-        if self._flag.error is not None:
-            raise self._flag.error
         try:
+            if self._flag.error is not None:
+                raise self._flag.error
             os.fdatasync(self._file.descriptor)
         except OSError as exc:
             raise self._flag.fail(exc, self._path) from exc
+        finally:
+            self._file.file_system.syncs.discard(self)
 
     async def trim(self, offset: int, length: int) -> None:
         self._check_writable()

@@ -72,7 +72,7 @@ class BlockStore:
         self.map = BlockMap(self.memory.body, blocks, header.block_size)
         self.flag = flag
         self.durable = True
-        self.rounds = FlushRounds(name, self._begin_round, lambda copies: self._make_durable(copies), self._end_round)
+        self.rounds = FlushRounds(name, self._begin_round, self._work, self._end_round)
         self.punched_bytes = 0
         self._can_punch = True
         self._piece = max(1, PUNCH_PIECE >> self.map.shift)  # blocks
@@ -102,18 +102,23 @@ class BlockStore:
 
     def _begin_round(self) -> SectorCopies:
         """Step 1."""
-        self.data.file_system.slow += 1
+        self.data.file_system.syncs.add(self)
         return self.map.begin_round()
 
+    def _work(self, copies: SectorCopies) -> None:
+        """Steps 2 to 4, in the thread of the rounds."""
+        try:
+            self._make_durable(copies)
+        finally:
+            self.data.file_system.syncs.discard(self)
+
     def _end_round(self, _: SectorCopies, error: Exception | None) -> None:
-        self.data.file_system.slow -= 1
         if error is None:
             self.map.end_round()
         else:
             self.map.abandon_round()
 
     def _make_durable(self, copies: SectorCopies) -> None:
-        """Steps 2 to 4, in the thread of the rounds."""
         if self.failed is not None:  # by the round before this one
             raise self.failed
         try:

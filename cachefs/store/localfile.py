@@ -76,7 +76,9 @@ class FileSystem:
         self.magic = magic
         self.is_tmpfs = magic == TMPFS_MAGIC
         self.limiter = trio.CapacityLimiter(THREADS_PER_FILE_SYSTEM)
-        self.slow = 0  # calls under way that may hold the journal
+        self.slow = 0  # calls under way that may hold the journal; counted on the loop
+        # Rounds that sync it. A thread takes its own out before it answers, so that the write which follows finds none.
+        self.syncs: set[object] = set()
         self.slow_until = 0.0  # time.monotonic()
 
     @classmethod
@@ -119,7 +121,9 @@ class LocalFile:
         self._allocated_bytes = os.fstat(descriptor).st_blocks * 512
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        # Whoever comes late must not meet another file under its number.
+        descriptor, self.descriptor = self.descriptor, -1
+        os.close(descriptor)
 
     def _probe_reads(self) -> int | None:
         """Flags for a read on the loop, or None where none is safe."""
@@ -159,7 +163,7 @@ class LocalFile:
             if system.is_tmpfs:  # memory: nothing to stall on
                 return os.pwrite(self.descriptor, data, offset) == len(data)
             before = time.monotonic()
-            if system.slow or before < system.slow_until:
+            if system.slow or system.syncs or before < system.slow_until:
                 return False
             done = os.pwrite(self.descriptor, data, offset) == len(data)
         except OSError:

@@ -60,7 +60,7 @@ def _map_before_data(store: BlockStore, copies: Copies) -> None:
 
 
 def _no_copies(store: BlockStore) -> Copies:
-    store.data.file_system.slow += 1
+    store.data.file_system.syncs.add(store)
     return []
 
 
