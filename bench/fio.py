@@ -270,10 +270,11 @@ def run_fio(arguments: Sequence[str], cpu: int, timeout_s: float) -> str:
 
 
 def fill(path: Path, size: int, cpu: int) -> None:
-    """Write the lower half once, so that every later write is an overwrite; then warm up both halves."""
-    job = Job("fill", "", "write", "1m", buffered=True).arguments(path, size // 2, 0, 1)
-    once = [argument for argument in job if not argument.startswith(("--time_based", "--runtime", "--ramp_time"))]
-    parse_fio(run_fio(once, cpu, timeout_s=600))
+    """Write the lower half once, so that every later write is an overwrite; then read all of it, and warm up both halves."""
+    for rw, length in (("read", size), ("write", size // 2)):
+        job = Job("fill", "", rw, "1m", buffered=True).arguments(path, length, 0, 1)
+        once = [argument for argument in job if not argument.startswith(("--time_based", "--runtime", "--ramp_time"))]
+        parse_fio(run_fio(once, cpu, timeout_s=600))
     for warm in (Job("warm-up", "", "randread", depth=16), Job("warm-up", "", "randrw", depth=16, where="written")):
         parse_fio(run_fio(warm.arguments(path, size, 0.3, 1), cpu, timeout_s=60))
 

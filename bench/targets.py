@@ -158,14 +158,23 @@ class Cachefs(Target):
         """As in the configuration; `vm1` is the one that is measured."""
         return {"vm1": {"layers": [{"cow": {}}], "image": "base"}}
 
-    def prepare(self) -> None:
-        self.mountpoint.mkdir()
-        config = {
+    def lower_layers(self) -> list[Any]:
+        """Layers of the image."""
+        return []
+
+    def configuration(self) -> dict[str, Any]:
+        return {
             "state_dir": str(self.directory / "state"),
-            "images": {"base": {"backend": {"file": {"path": str(self.place.base)}}}},
+            "pools": {
+                "node": {"path": str(self.directory / "pool"), "quota": str(self.place.size * 5 // 4 + (64 << 20))}
+            },
+            "images": {"base": {"layers": self.lower_layers(), "backend": {"file": {"path": str(self.place.base)}}}},
             "disks": self.disks(),
         }
-        (self.directory / "config.yaml").write_text(json.dumps(config, indent=2))  # JSON is YAML
+
+    def prepare(self) -> None:
+        self.mountpoint.mkdir()
+        (self.directory / "config.yaml").write_text(json.dumps(self.configuration(), indent=2))  # JSON is YAML
 
     def command(self) -> list[str]:
         return [*self.place.cachefs_command, "mount", "-f", str(self.directory / "config.yaml"), str(self.mountpoint)]
@@ -184,6 +193,15 @@ class Cachefs(Target):
         except (OSError, ValueError):
             return None
         return status if isinstance(status, dict) else None
+
+
+class CachefsCache(Cachefs):
+    """What is read from the base comes from a pool beside it, in the same storage."""
+
+    title = "cachefs: cow over cache over file"
+
+    def lower_layers(self) -> list[Any]:
+        return [{"cache": {"pool": "node"}}]
 
 
 class Bare(Target):
@@ -258,6 +276,7 @@ class NbdFuse(Target):
 TARGETS: dict[str, type[Target]] = {
     "cachefs": Cachefs,
     "control": Cachefs,
+    "cache": CachefsCache,
     "bare": Bare,
     "qsd": StorageDaemon,
     "nbdfuse": NbdFuse,

@@ -168,6 +168,129 @@ def clear_failed(config: Path, disk: str, yes: bool) -> None:
     click.echo(f"{disk} can be written again; mount it, and run fsck in the guest")
 
 
+@cli.group()
+def pool() -> None:
+    """Look at pools, check them, and delete from them, while no daemon uses them.
+
+    `cachefs status` shows the pools of a mount.
+
+    \b
+    Example:
+      cachefs pool ls config.yaml
+      cachefs pool verify config.yaml node
+      cachefs pool drop config.yaml node debian12
+    """
+
+
+pool_argument = click.argument("pool")
+image_argument = click.argument("image", required=False)
+
+
+@pool.command("ls")
+@config_argument
+@click.argument("pool", required=False)
+def pool_ls(config: Path, pool: str | None) -> None:
+    """List what the pools of CONFIG hold, or POOL alone, one line for each image.
+
+    \b
+    Example:
+      cachefs pool ls config.yaml
+      cachefs pool ls config.yaml node
+    """
+    from cachefs import pooltool
+
+    refused = 0
+    for spec in pooltool.find_pools(config, pool):
+        try:
+            pooltool.show(spec)
+        except StoreError as exc:
+            click.echo(str(exc), err=True)
+            refused = exit_code(exc)
+    sys.exit(refused)
+
+
+@pool.command("verify")
+@config_argument
+@pool_argument
+@image_argument
+@click.option("--dry-run", is_flag=True, help="Say what is wrong, and leave it as it is.")
+def pool_verify(config: Path, pool: str, image: str | None, dry_run: bool) -> None:
+    """Compare what POOL holds of IMAGE (of all) with its checksums, and forget what disagrees.
+
+    What is forgotten is fetched again when it is wanted. IMAGE is a name or the beginning of an id, as `ls` shows them.
+    Ctrl-C ends it and keeps what was found. Exit code 1 when something was wrong.
+
+    \b
+    Example:
+      cachefs pool verify config.yaml node
+      cachefs pool verify --dry-run config.yaml node debian12
+    """
+    from cachefs import pooltool
+
+    (spec,) = pooltool.find_pools(config, pool)
+    verdict = pooltool.verify(spec, image, dry_run=dry_run)
+    click.echo(f"{pool}: {verdict.sentence(dry_run=dry_run)}")
+    sys.exit(EXIT_ERROR if verdict.wrong or verdict.interrupted else 0)
+
+
+@pool.command("drop")
+@config_argument
+@pool_argument
+@image_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def pool_drop(config: Path, pool: str, image: str | None, yes: bool) -> None:
+    """Delete IMAGE from POOL, or everything. What is deleted is fetched again when it is wanted.
+
+    IMAGE is a name or the beginning of an id, as `ls` shows them.
+
+    \b
+    Example:
+      cachefs pool drop config.yaml node debian12
+      cachefs pool drop --yes config.yaml node
+    """
+    from cachefs import pooltool
+
+    (spec,) = pooltool.find_pools(config, pool)
+    found = pooltool.describe(spec, image)
+    for line in found:
+        click.echo(line)
+    if found and not yes:
+        click.confirm("Delete it?" if len(found) == 1 else f"Delete these {len(found)} images?", abort=True)
+    dropped = pooltool.drop(spec, image) if found else 0
+    click.echo(f"{pool}: {dropped} image{'s' * (dropped != 1)} deleted")
+
+
+@cli.command()
+@config_argument
+@click.argument("image")
+@click.option("--range", "wanted", default="0-", help="START-END or START+LENGTH: only this part.")
+@click.option("--rate", help="SIZE/s: read no faster from below.")
+def warm(config: Path, image: str, wanted: str, rate: str | None) -> None:
+    """Fill the cache of IMAGE (or of a disk) before anybody needs it.
+
+    What the pool holds is skipped: after Ctrl-C, run it again to go on. Nothing may be mounted that uses the pool. Exit
+    code 1 when it did not come to the end, or could not fetch all.
+
+    \b
+    Example:
+      cachefs warm config.yaml debian12
+      cachefs warm --range 0-4GiB --rate 50MiB/s config.yaml debian12
+    """
+    from cachefs import warm as warming
+
+    try:
+        parsed = warming.parse_range(wanted), None if rate is None else warming.parse_rate(rate)
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+    outcome = warming.run(config, image, *parsed)
+    click.echo(f"{image}: {outcome.sentence()}")
+    if outcome.problem:
+        click.echo(f"{image}: ended early: {outcome.problem}", err=True)
+    elif outcome.interrupted:
+        click.echo("interrupted; the same command goes on from here", err=True)
+    sys.exit(EXIT_ERROR if outcome.problem or outcome.interrupted or outcome.failed else 0)
+
+
 @cli.command()
 def schema() -> None:
     """Print the JSON Schema of the configuration, for editors.

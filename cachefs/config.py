@@ -24,12 +24,13 @@ import pydantic
 from cachefs.backends import BACKENDS
 from cachefs.layers import LAYERS
 from cachefs.layers.base import Options
+from cachefs.layers.cache import CacheConfig
 from cachefs.layers.cow import overlay_path
-from cachefs.schema import DISK_ONLY, NAME, DiskKeys, FileKeys, ImageKeys, json_schema
+from cachefs.schema import DISK_ONLY, NAME, DiskKeys, FileKeys, ImageKeys, PoolKeys, json_schema
 from cachefs.units import format_duration, format_size, parse_duration, parse_size, shown
 from cachefs.yamlfile import Document, Keys, path_name, read
 
-__all__ = ["Config", "DiskSpec", "ImageSpec", "LayerSpec", "json_schema", "load"]
+__all__ = ["Config", "DiskSpec", "ImageSpec", "LayerSpec", "PoolSpec", "json_schema", "load"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ class LayerSpec:
 
     kind: str
     options: Options
+    path: str
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """A pool. options: its keys. path: where it stands in the configuration, "pools.node"."""
+
+    name: str
+    options: PoolKeys
     path: str
 
 
@@ -66,8 +76,11 @@ class DiskSpec:
 
     @property
     def writable(self) -> bool:
-        """An image is never written, so a disk over one needs a `cow` to be writable."""
-        return not self.read_only and (self.image is None or self.has_cow)
+        """Whether writes get as far as something that keeps them. An image is never written."""
+        if self.read_only:
+            return False
+        keeper = next((layer for layer in self.layers if not layer.options.passes_writes), None)
+        return keeper.kind == "cow" if keeper is not None else self.image is None
 
     @property
     def has_cow(self) -> bool:
@@ -81,6 +94,7 @@ class Config:
     file: Path
     state_dir: Path
     poll: float
+    pools: Mapping[str, PoolSpec]
     images: Mapping[str, ImageSpec]
     disks: Mapping[str, DiskSpec]
 
@@ -97,18 +111,21 @@ def load(path: Path) -> Config:
         document.raise_problems()
     loader = _Loader(document, root)
     keys = loader.check(FileKeys, root, ())
+    pools = {name: loader.pool(value, at) for name, value, at in loader.entries("pools")}
     images = {name: loader.image(value, at) for name, value, at in loader.entries("images")}
     disks = {name: loader.disk(value, at) for name, value, at in loader.entries("disks")}
     if not root.get("disks"):
         example = "vm1: {backend: {file: {path: vm1.raw}}}"
         document.problem(("disks",), f"there is no disk: add one below 'disks', such as {example}")
+    found_pools = {name: pool for name, pool in pools.items() if pool is not None}
     found_images = {name: image for name, image in images.items() if image is not None}
     found_disks = {name: disk for name, disk in disks.items() if disk is not None}
     if keys is not None:
-        _check_stores(document, keys.state_dir, found_images, found_disks)
+        _check_stores(document, keys.state_dir, found_pools, found_images, found_disks)
+    _check_caches(document, found_images, found_disks)
     document.raise_problems()
     assert keys is not None  # or there was a problem
-    return Config(path.absolute(), keys.state_dir, keys.poll, found_images, found_disks)
+    return Config(path.absolute(), keys.state_dir, keys.poll, found_pools, found_images, found_disks)
 
 
 AnyKeys = TypeVar("AnyKeys", bound=Options)
@@ -151,6 +168,10 @@ class _Loader:
             if mapping is not None:
                 yield name, mapping, at
 
+    def pool(self, value: dict[str, Any], at: Keys) -> PoolSpec | None:
+        keys = self.check(PoolKeys, value, at)
+        return None if keys is None else PoolSpec(str(at[-1]), keys, path_name(at))
+
     def image(self, value: dict[str, Any], at: Keys) -> ImageSpec | None:
         keys = self.check(ImageKeys, value, at)
         layers = self._layers(value.get("layers"), (*at, "layers"))
@@ -173,7 +194,7 @@ class _Loader:
         elif image is not None and "backend" in value:
             self.document.problem(at, "has both 'image' and 'backend': keep one of them", at_key=True)
         elif isinstance(image, str):
-            self._check_image(image, (*at, "image"))
+            self._check_named("image", image, (*at, "image"))
         if keys is None or layers is None or (image is None and backend is None):
             return None
         settings = keys.model_dump(exclude={"layers", "backend"})
@@ -201,11 +222,12 @@ class _Loader:
         for (place, unknown), found in sentences.items():
             self.document.problem(place, ", or ".join(found), at_key=unknown)
 
-    def _check_image(self, image: str, at: Keys) -> None:
-        images = self.root.get("images")
-        names = images if isinstance(images, dict) else {}
-        if image not in names:
-            self.document.problem(at, _unknown("image", image, names))
+    def _check_named(self, word: str, name: str, at: Keys) -> None:
+        """That there is the image or pool *name*."""
+        section = self.root.get(f"{word}s")
+        names = section if isinstance(section, dict) else {}
+        if name not in names:
+            self.document.problem(at, _unknown(word, name, names))
 
     def _mapping(self, value: Any, at: Keys) -> dict[str, Any] | None:
         """*value*; {} for nothing at all, None (and a problem) for what is no mapping."""
@@ -237,6 +259,8 @@ class _Loader:
         if kind in role.registry:
             options = self._mapping(raw, at)
             checked = None if options is None else self.check(role.registry[kind].Config, options, at)
+            if isinstance(checked, CacheConfig):
+                self._check_named("pool", checked.pool, (*at, "pool"))
             return None if checked is None else LayerSpec(kind, checked, path_name(at))
         if kind in role.opposite:
             wrong = f"{kind!r} is a {role.opposite_word}, not a {role.word}: move it to {role.opposite_key!r}"
@@ -254,7 +278,11 @@ class _Claim(NamedTuple):
 
 
 def _check_stores(
-    document: Document, state_dir: Path, images: Mapping[str, ImageSpec], disks: Mapping[str, DiskSpec]
+    document: Document,
+    state_dir: Path,
+    pools: Mapping[str, PoolSpec],
+    images: Mapping[str, ImageSpec],
+    disks: Mapping[str, DiskSpec],
 ) -> None:
     """A store that somebody writes has no other user: an overlay or a writable file has exactly one owner."""
     claims: dict[str, list[_Claim]] = {}
@@ -263,6 +291,8 @@ def _check_stores(
         at = (*at, "path") if (*at, "path") in document.values else at
         claims.setdefault(os.path.realpath(store), []).append(_Claim(at, writes))
 
+    for pool in pools.values():
+        claim(pool.options.path, ("pools", pool.name), writes=True)
     for image in images.values():
         if (path := _store_path(image.backend)) is not None:
             claim(path, ("images", image.name, "backend", image.backend.kind), writes=False)
@@ -274,6 +304,13 @@ def _check_stores(
         if disk.backend is not None and (path := _store_path(disk.backend)) is not None:
             writes = disk.writable and not disk.has_cow
             claim(path, ("disks", disk.name, "backend", disk.backend.kind), writes)
+    for pool in pools.values():
+        inside = os.path.realpath(pool.options.path)
+        for store, (first, *_) in [*claims.items(), (os.path.realpath(state_dir), (_Claim(("state_dir",), True),))]:
+            if store.startswith(f"{inside.rstrip('/')}/") or (store == inside and first.at == ("state_dir",)):
+                at = ("pools", pool.name, "path")
+                wrong = f"{path_name(first.at)} lies in it, at {store}: a pool has its directory for itself"
+                document.problem(at, wrong)
     for store, users in claims.items():
         for index, user in enumerate(users):
             other = next((one for one in users[:index] if one.writes or user.writes), None)
@@ -281,6 +318,38 @@ def _check_stores(
                 written = f"{path_name(other.at)} (line {document.place(other.at).line})"
                 wrong = f"{store} is used by {written} too: a store that is written has exactly one user"
                 document.problem(user.at, wrong)
+
+
+def _check_caches(document: Document, images: Mapping[str, ImageSpec], disks: Mapping[str, DiskSpec]) -> None:
+    """A cache lies over contents that its pool knows by their identity, and once in a stack."""
+
+    def check(at: Keys, layers: tuple[LayerSpec, ...], below: tuple[LayerSpec, ...]) -> None:
+        for index, layer in enumerate(layers):
+            if not isinstance(layer.options, CacheConfig):
+                continue
+            place = (*at, "layers", index, layer.kind)
+            under = (*layers[index + 1 :], *below)
+            if any(spec.kind == "cow" for spec in under):
+                wrong = (
+                    "a cache cannot stand above 'cow': the pool knows contents by their base, so disks with the same base "
+                    "would be given each other's blocks; move it below the 'cow'"
+                )
+                document.problem(place, wrong, at_key=True)
+            other = next(
+                (s for s in under if isinstance(s.options, CacheConfig) and s.options.pool == layer.options.pool), None
+            )
+            if other is not None:
+                wrong = f"{other.path}, which lies below it, is a cache in the same pool: keep one of them"
+                document.problem((*place, "pool"), wrong)
+
+    for image in images.values():
+        check(("images", image.name), image.layers, ())
+    for disk in disks.values():
+        check(
+            ("disks", disk.name),
+            disk.layers,
+            images[disk.image].layers if disk.image is not None and disk.image in images else (),
+        )
 
 
 def _store_path(spec: LayerSpec) -> Path | None:

@@ -32,6 +32,7 @@ from cachefs.fuse.protocol import MAX_BACKGROUND, Open
 from cachefs.fuse.spill import Spill
 from cachefs.graph import refuse_inside
 from cachefs.notify import notify
+from cachefs.pool.pool import Pool
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Daemon:
         self._draining = self._forced = False
         self._longest_lag_s = 0.0
         self._dataplane: Dataplane
+        self._pools: list[Pool] = []
 
     async def run(self, ready: Callable[[], None]) -> None:
         """*ready* is called once, when the mount answers.
@@ -61,7 +63,8 @@ class Daemon:
         _become_io_flusher()
         refuse_inside(self._mountpoint, self._config.state_dir)  # before anything is made in there
         self._config.state_dir.mkdir(parents=True, exist_ok=True)
-        async with open_disks(self._config, self._mountpoint) as disks:
+        async with open_disks(self._config, self._mountpoint) as (disks, pools):
+            self._pools = pools
             # The receiver before the mount: a signal in between would leave a dead one.
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT) as signals:
                 await self._mount_and_serve(disks, ready, signals)
@@ -193,6 +196,7 @@ class Daemon:
             "malformed_requests": dataplane.malformed,
             "request_errors": self._boundary.request_errors,
             "internal_errors": self._boundary.internal_errors,
+            "pools": {pool.name: pool.statistics() for pool in self._pools},
             "longest_loop_lag_ms": round(self._longest_lag_s * 1000, 3),
         }
 
@@ -236,12 +240,3 @@ def _users_may_allow_other() -> bool:
 def _become_io_flusher() -> None:
     """Memory that we need to write out a guest's data is not to wait for the guest's data to be written out."""
     ctypes.CDLL(None).prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)  # refused to users: no harm
-
-
-def unwrap(exc: BaseException) -> BaseException:
-    """The one exception in nested groups of nurseries, preferring a CachefsError."""
-    found = exc
-    while isinstance(found, BaseExceptionGroup):
-        ours = [inner for inner in found.exceptions if isinstance(unwrap(inner), CachefsError)]
-        found = (ours or list(found.exceptions))[0]
-    return found

@@ -5,15 +5,17 @@ from __future__ import annotations
 import enum
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cachefs.config import Config, DiskSpec
+from cachefs.config import Config, DiskSpec, LayerSpec
 from cachefs.errors import StoreError
 from cachefs.graph import open_stack, refuse_inside
 from cachefs.layers.base import Environment, Layer
+from cachefs.layers.cache import CacheConfig
+from cachefs.pool.pool import Pool, open_pool
 
 FIRST_INODE = 2  # 1 is the root directory
 
@@ -63,20 +65,24 @@ class Disk:
 
 
 @asynccontextmanager
-async def open_disks(config: Config, mountpoint: Path) -> AsyncIterator[list[Disk]]:
-    """Every disk of *config*, open. On exit all are flushed and closed, the last one first.
+async def open_disks(config: Config, mountpoint: Path | None) -> AsyncIterator[tuple[list[Disk], list[Pool]]]:
+    """Every disk of *config*, open, and the pools that they use. On exit all are flushed and closed, the last one first.
 
+    mountpoint: where they will be served, if they will: no store may lie in there.
     Raises: StoreError with one line for every disk or image that cannot be opened.
     """
     async with AsyncExitStack() as stack:
         problems: list[str] = []
+        pools = await _open_pools(stack, config, mountpoint, problems)
         images: dict[str, Layer] = {}
         disks: list[Disk] = []
         used = {disk.image for disk in config.disks.values()}
         for name, image in config.images.items():
             if name not in used:
                 continue
-            env = Environment(name, config.state_dir, writable=False)
+            env = Environment(name, config.state_dir, writable=False, pools=pools)
+            if not _has_pools(image.layers, pools):
+                continue
             try:
                 refuse_inside(mountpoint, config.state_dir, *image.layers, image.backend)
                 images[name] = await open_stack(stack, image.layers, image.backend, env)
@@ -85,22 +91,68 @@ async def open_disks(config: Config, mountpoint: Path) -> AsyncIterator[list[Dis
         for spec in config.disks.values():
             if spec.image is not None and spec.image not in images:
                 continue  # its image's line says why
+            if not _has_pools(spec.layers, pools):
+                continue
             try:
                 refuse_inside(mountpoint, config.state_dir, *spec.layers, *((spec.backend,) if spec.backend else ()))
-                disks.append(await _open_disk(stack, spec, images, config, FIRST_INODE + len(disks)))
+                disks.append(await _open_disk(stack, spec, images, pools, config, FIRST_INODE + len(disks)))
             except StoreError as exc:
                 problems.append(str(exc))
         if problems:
             raise StoreError(str(config.file), "\n".join(problems))
-        yield disks
+        yield disks, list(pools.values())
+
+
+def _pools_of(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
+    return (layer.options.pool for layer in layers if isinstance(layer.options, CacheConfig))
+
+
+def _has_pools(layers: tuple[LayerSpec, ...], pools: dict[str, Pool]) -> bool:
+    """Whether the pools of these layers are open; where one is not, its own line says why."""
+    return all(name in pools for name in _pools_of(layers))
+
+
+async def _open_pools(
+    stack: AsyncExitStack, config: Config, mountpoint: Path | None, problems: list[str]
+) -> dict[str, Pool]:
+    """The pools that some stack uses."""
+    images = {disk.image for disk in config.disks.values()}
+    stacks = [disk.layers for disk in config.disks.values()]
+    stacks += [image.layers for name, image in config.images.items() if name in images]
+    used = {name for layers in stacks for name in _pools_of(layers)}
+    pools: dict[str, Pool] = {}
+    for name in sorted(used):
+        spec = config.pools[name]
+        keys = spec.options
+        try:
+            refuse_inside(mountpoint, config.state_dir, spec)
+            pools[name] = await stack.enter_async_context(
+                open_pool(
+                    keys.path,
+                    name,
+                    quota=keys.quota,
+                    min_free=keys.min_free,
+                    evict=keys.evict,
+                    block_size=keys.block_size,
+                    patience_s=keys.cache_timeout,
+                )
+            )
+        except StoreError as exc:
+            problems.append(str(exc))
+    return pools
 
 
 async def _open_disk(
-    stack: AsyncExitStack, spec: DiskSpec, images: dict[str, Layer], config: Config, inode: int
+    stack: AsyncExitStack,
+    spec: DiskSpec,
+    images: dict[str, Layer],
+    pools: dict[str, Pool],
+    config: Config,
+    inode: int,
 ) -> Disk:
     bottom = images[spec.image] if spec.image is not None else spec.backend
     assert bottom is not None
-    env = Environment(spec.name, config.state_dir, writable=spec.writable)
+    env = Environment(spec.name, config.state_dir, writable=spec.writable, pools=pools)
     top = await open_stack(stack, spec.layers, bottom, env)
     return Disk(
         name=spec.name,

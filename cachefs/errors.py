@@ -4,6 +4,7 @@
       ConfigError                            start-up only: exit 2, one line per problem, no traceback
       StoreError                             start-up only: a store cannot be opened: exit 3
         FormatError                          bad magic, version or checksum: never repaired silently
+          VersionError                       good, and made by another version: never deleted either
         LockedError                          somebody else holds the store
         BaseChangedError                     the base is not the one the overlay was made over
       RequestError      EINVAL               the caller broke the contract: a bug above; raised by `checked` only
@@ -63,6 +64,10 @@ class FormatError(StoreError):
     """Bad magic, unknown version or wrong checksum in a store's header or map."""
 
 
+class VersionError(FormatError):
+    """It is whole, and of a format that this version does not know."""
+
+
 class LockedError(StoreError):
     """The store is held by another process."""
 
@@ -116,3 +121,12 @@ def from_os_error(exc: OSError, where: str, action: str) -> CachefsError:
     if code == errno.EROFS:
         return ReadOnlyError(where, detail)
     return PermanentError(where, detail)
+
+
+def unwrap(exc: BaseException) -> BaseException:
+    """The one exception in nested groups of nurseries, preferring a CachefsError."""
+    found = exc
+    while isinstance(found, BaseExceptionGroup):
+        ours = [inner for inner in found.exceptions if isinstance(unwrap(inner), CachefsError)]
+        found = (ours or list(found.exceptions))[0]
+    return found

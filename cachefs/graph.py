@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import cast
 
 from cachefs.backends import BACKENDS
-from cachefs.config import Config, LayerSpec
+from cachefs.config import Config, LayerSpec, PoolSpec
 from cachefs.errors import StoreError
 from cachefs.layers import LAYERS
 from cachefs.layers.align import Align
 from cachefs.layers.base import Environment, Layer, OpenBackend, OpenLayer
+from cachefs.layers.cache import CacheConfig
 from cachefs.layers.checked import Checked
 from cachefs.store.localfile import FileSystem
+from cachefs.units import format_size, short_size
 
 
 def edge(layer: Layer) -> Layer:
@@ -36,8 +38,8 @@ async def open_stack(
     Raises: StoreError and its kinds.
     """
     if isinstance(bottom, LayerSpec):
-        # Below any layer that takes the writes the backend stays as it is.
-        backend_env = replace(env, writable=env.writable and not layers)
+        # Below any layer that keeps the writes, or refuses them, the backend stays as it is.
+        backend_env = replace(env, writable=env.writable and all(spec.options.passes_writes for spec in layers))
         backend = cast("OpenBackend", BACKENDS[bottom.kind])
         child = edge(await stack.enter_async_context(backend.open(bottom.options, backend_env)))
     else:
@@ -48,8 +50,10 @@ async def open_stack(
     return child
 
 
-def refuse_inside(mountpoint: Path, state_dir: Path, *specs: LayerSpec) -> None:
+def refuse_inside(mountpoint: Path | None, state_dir: Path, *specs: LayerSpec | PoolSpec) -> None:
     """Raises: StoreError when a store would lie inside the mount that it is to serve."""
+    if mountpoint is None:
+        return
     inside = os.path.realpath(mountpoint)
     named = [(spec.path, value) for spec in specs for _, value in spec.options if isinstance(value, Path)]
     for where, path in [("state_dir", state_dir), *named]:
@@ -78,4 +82,53 @@ def warnings_about(config: Config) -> list[str]:
                 "daemon cannot be stopped"
             )
         os.close(descriptor)
+    found += [warning for pool in config.pools.values() for warning in _warnings_about_pool(pool)]
+    return found + [warning for layers, backend in stacks for warning in _warnings_about_cache(layers, backend)]
+
+
+def _warnings_about_pool(pool: PoolSpec) -> list[str]:
+    """*pool* need not be there yet: then its nearest directory says what its file system is."""
+    path, keys = pool.options.path, pool.options
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        descriptor = os.open(there, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as exc:
+        return [f"{pool.path}: cannot open {there}: {exc.strerror}"]
+    try:
+        may_hang = FileSystem.of(descriptor).may_hang
+        status = os.fstatvfs(descriptor)
+    finally:
+        os.close(descriptor)
+    found = []
+    if may_hang:
+        found.append(
+            f"{pool.path}: {path} lies on a network or FUSE file system; a cache pays on a disk of this machine, and when "
+            "that hangs every disk over it waits until cache_timeout"
+        )
+    size = status.f_blocks * status.f_frsize
+    if keys.quota + keys.min_free > size:
+        kept = f" and min_free {format_size(keys.min_free)}" if keys.min_free else ""
+        found.append(
+            f"{pool.path}: quota {format_size(keys.quota)}{kept} are more than its file system has, {short_size(size)}; "
+            "it will be full before the quota is reached"
+        )
+    return found
+
+
+def _warnings_about_cache(layers: tuple[LayerSpec, ...], backend: LayerSpec) -> list[str]:
+    """What a cache over *backend* cannot know of it."""
+    found = []
+    for layer in layers:
+        if not isinstance(layer.options, CacheConfig):
+            continue
+        if backend.kind == "memory":
+            found.append(
+                f"{layer.path}: memory is gone when the daemon ends, so this cache begins empty at every mount"
+            )
+        path = getattr(backend.options, "path", None)
+        if isinstance(path, Path) and path.is_block_device():
+            found.append(
+                f"{layer.path}: the contents of a block device are known by a sample of 64KiB; after you change {path}, run "
+                f"`cachefs pool drop`, or the old contents are served"
+            )
     return found

@@ -9,24 +9,33 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.json_schema import models_json_schema
 
 from cachefs.backends import BACKENDS
 from cachefs.layers import LAYERS
 from cachefs.layers.base import Options
-from cachefs.units import Duration, LocalPath, format_duration, format_size, parse_duration, parse_size, shown
+from cachefs.units import Duration, LocalPath, Size, format_duration, format_size, parse_duration, parse_size, shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
-"""Of a disk or an image."""
+"""Of a disk, an image or a pool."""
 
 DISK_ONLY = frozenset({"cow"})
 """Layers that hold what belongs to one disk, so that no image may have them."""
 
 _MODE = re.compile(r"0o?[0-7]{1,4}", re.ASCII)
 _MAX_ID = (1 << 32) - 2  # (uid_t) -1 means "leave it"
+
+
+def _power_of_two(size: int) -> int:
+    if size & (size - 1) or not 4 << 10 <= size <= 1 << 20:
+        raise ValueError(f"{format_size(size)} is not a power of two from 4KiB to 1MiB")
+    return size
+
+
+BlockSize = Annotated[Size, AfterValidator(_power_of_two)]
 
 
 def _mode(value: object) -> int:
@@ -55,10 +64,29 @@ class FileKeys(Options):
     """Directory for what belongs to the disks: overlays without a path of their own, and state of the daemon."""
     poll: Annotated[Duration, Field(le=0.001)] = 50e-6
     """How long the daemon polls for the next request before it sleeps, at most 1ms; 0 switches polling off."""
+    pools: Any = None
+    """Directories for caches, by name; each has one quota that all images in it share."""
     images: Any = None
     """Lower stacks by name, shared by the disks that name them and never written."""
     disks: Any = None
     """The disks by name; each is one file of the mount. At least one."""
+
+
+class PoolKeys(Options):
+    """A directory in which caches keep what was read, with one quota for all of them."""
+
+    path: LocalPath
+    """The directory, used by nothing else; made when it does not exist. A local file system, best on an SSD."""
+    quota: Annotated[Size, Field(ge=16 << 20)]
+    """Most bytes that the directory may hold on disk, everything included; at least 16MiB."""
+    min_free: Size = 0
+    """Bytes that stay free on the pool's file system for others; below it the pool gives space back."""
+    evict: Literal["sieve", "never"] = "sieve"
+    """What happens when the quota is reached: what is used least makes room, or nothing more is kept."""
+    block_size: BlockSize = 64 << 10
+    """Unit of fetching and keeping: a power of two from 4KiB to 1MiB. Fixed while the pool holds something."""
+    cache_timeout: Annotated[Duration, Field(ge=0.05, le=60)] = 1.0
+    """How long the pool's file system may take for an answer before disks are served without it."""
 
 
 class ImageKeys(Options):
@@ -97,7 +125,7 @@ def json_schema() -> dict[str, Any]:
     It cannot say what only the whole file shows, such as two disks over one store.
     """
     kinds: list[Any] = [*LAYERS.values(), *BACKENDS.values()]
-    models = [FileKeys, ImageKeys, DiskKeys, *(kind.Config for kind in kinds)]
+    models = [FileKeys, PoolKeys, ImageKeys, DiskKeys, *(kind.Config for kind in kinds)]
     references, generated = models_json_schema([(model, "validation") for model in models])
     definitions = generated["$defs"]
     reference = {model: found for (model, _), found in references.items()}
@@ -119,7 +147,7 @@ def json_schema() -> dict[str, Any]:
     definition(DiskKeys)["oneOf"] = [{"required": ["image"]}, {"required": ["backend"]}]
     top = definitions.pop(reference[FileKeys]["$ref"].removeprefix("#/$defs/"))
     names = {"pattern": f"^{NAME.pattern}$"}
-    for key, model in (("images", ImageKeys), ("disks", DiskKeys)):
+    for key, model in (("pools", PoolKeys), ("images", ImageKeys), ("disks", DiskKeys)):
         described = top["properties"][key]["description"]
         top["properties"][key] = {"type": "object", "description": described, "propertyNames": names}
         top["properties"][key]["additionalProperties"] = reference[model]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from cachefs.errors import CachefsError
+from cachefs.errors import CachefsError, unwrap
 
 JOURNAL = Path("/run/systemd/journal/dev-log")
 
@@ -24,7 +24,7 @@ def run_in_foreground(config: Path, mountpoint: Path, ready_fd: int | None) -> N
     import trio
 
     from cachefs.config import load
-    from cachefs.daemon import Daemon, unwrap
+    from cachefs.daemon import Daemon
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     loaded = load(config)

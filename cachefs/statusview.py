@@ -7,10 +7,13 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachefs.errors import CachefsError
-from cachefs.units import format_size
+from cachefs.units import format_size, short_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 XATTR = "user.cachefs.status"
 TIMEOUT_S = 5.0
@@ -91,20 +94,47 @@ def show(status: dict[str, Any]) -> None:
             )
             first = False
     console.print(table)
+    _show_pools(console, daemon.get("pools", {}), _cache_layers(status))
     for name, disk in status["disks"].items():
         if "error" in disk:
             console.print(f"{name}: {disk['error']}", soft_wrap=True, highlight=False)
 
 
+def _cache_layers(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """The layers that use a pool, each once: disks over one image share them."""
+    layers = [layer for disk in status["disks"].values() for layer in disk["layers"] if "pool" in layer]
+    return list({layer["layer"]: layer for layer in layers}.values())
+
+
+def _show_pools(console: Console, pools: dict[str, Any], layers: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    if not pools:
+        return
+    table = Table("pool", "used", "quota", "full", "images", "hits", box=None, pad_edge=False)
+    for name, pool in pools.items():
+        mine = [layer for layer in layers if layer["pool"] == name]
+        hits = sum(layer["hits"] for layer in mine)
+        asked = hits + sum(layer["misses"] + layer["bypassed"] for layer in mine)
+        used, quota = pool["used_bytes"], pool["quota_bytes"]
+        table.add_row(
+            name,
+            short_size(used),
+            format_size(quota),
+            f"{100 * used / quota:.1f} %",
+            str(pool["images"]),
+            f"{100 * hits / asked:.1f} %" if asked else "",
+        )
+    console.print()
+    console.print(table)
+    for layer in layers:
+        if layer["bypass"] != "no":
+            text = f"{layer['layer']}: served without its pool for now: {layer['bypass']}"
+            console.print(text, soft_wrap=True, highlight=False)
+
+
 def _size(value: int | None) -> str:
-    """A rounded size with three digits; empty for None."""
-    if value is None:
-        return ""
-    amount, units = float(value), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
-    while amount >= 1000 and len(units) > 1:
-        amount /= 1024
-        units.pop(0)
-    return f"{amount:.3g} {units[0]}"
+    return "" if value is None else short_size(value)
 
 
 def _share(layer: dict[str, Any]) -> str:

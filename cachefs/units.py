@@ -84,6 +84,15 @@ def format_size(size: int) -> str:
     return str(size)
 
 
+def short_size(size: int) -> str:
+    """*size* bytes rounded to three digits, for tables: "1.5 GiB"."""
+    amount, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while amount >= 1000 and len(units) > 1:
+        amount /= 1024
+        units.pop(0)
+    return f"{amount:.3g} {units[0]}"
+
+
 def parse_duration(value: object) -> float:
     """Seconds that *value* (`"5s"`, `"50us"`, `0`) stands for.
 

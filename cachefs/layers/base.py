@@ -30,6 +30,7 @@ from cachefs.extent import Extent
 from cachefs.store.rounds import Done
 
 if TYPE_CHECKING:
+    from cachefs.pool.pool import Pool
     from cachefs.store.identity import Identity
 
 __all__ = ["ALL_CAPS", "MAX_IO", "Caps", "Done", "Environment", "Geometry", "Layer", "Options", "Slow", "Statistics"]
@@ -41,6 +42,11 @@ class Options(pydantic.BaseModel):
     """What a layer or backend accepts in YAML; subclass it as `Config` of the layer. Frozen; unknown keys are errors."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @property
+    def passes_writes(self) -> bool:
+        """Whether a layer with these options hands writes to its child, instead of keeping or refusing them."""
+        return False
 
 
 class Caps(enum.Flag):
@@ -95,8 +101,7 @@ class Environment:
     owner: str
     state_dir: Path
     writable: bool = True
-    forbidden: Path | None = None
-    """The mountpoint: no store may lie inside it."""
+    pools: Mapping[str, Pool] = field(default_factory=dict)
 
 
 class Layer(Protocol):

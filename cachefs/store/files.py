@@ -22,7 +22,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cachefs.errors import FormatError, LockedError, StoreError
+from cachefs.errors import FormatError, LockedError, StoreError, VersionError
 from cachefs.store import blockmap
 from cachefs.store.identity import Identity
 from cachefs.store.sectors import SECTOR_SIZE
@@ -94,7 +94,7 @@ def decode_header(content: bytes, where: str, wanted: StoreFormat = OVERLAY) -> 
             where, f"the {wanted.noun}'s header is damaged (its checksum does not match); {wanted.advice}"
         )
     if version != wanted.version or checksum != wanted.checksum or flags & ~_EPHEMERAL:
-        raise FormatError(
+        raise VersionError(
             where,
             f"the {wanted.noun} has format version {version}, checksum {checksum}, flags {flags:#x}; this cachefs knows "
             f"version {wanted.version}, checksum {wanted.checksum}: open it with the cachefs that made it, or a later one",

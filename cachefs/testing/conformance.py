@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from cachefs.errors import CachefsError, ReadOnlyError, RequestError
 from cachefs.layers.base import MAX_IO, Caps, Layer
@@ -248,7 +249,8 @@ class LayerContract:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(look)
                 await held.wait_until_held()
-                await write(stack.top, 8192, patterns(1, SECTOR))
+                nursery.start_soon(write, stack.top, 8192, patterns(1, SECTOR))
+                await wait_all_tasks_blocked()  # it is done, or waits for what the read brings
                 held.open()
             model.apply(Write(8192, patterns(1, SECTOR)))
             check_possible(got, 0, [Write(8192, patterns(1, SECTOR))], bench.content, old_allowed=True)

@@ -7,7 +7,8 @@
     held.open()
 
 `Gate` is a layer; put it above the child whose operations are to be held. `FileGate` does the same for the calls that a
-`LocalFile` makes in threads: these are held inside their thread, where a cancellation does not reach them.
+`LocalFile` makes in threads: these are held inside their thread, where a cancellation does not reach them. `PoolGate` is
+that for the files of a pool's images, whose calls are made by threads that do more than one of them.
 
 While a rule waits for its call, the fast path over the same bytes is refused, so that the call comes at all.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -227,7 +229,71 @@ class FileGate(_Holds):
         return await self._run(_in_thread, held, fault, call, arguments)
 
 
-def _in_thread(held: Held | None, fault: OSError | None, call: Callable[..., T], arguments: tuple[object, ...]) -> T:
+class PoolGate(_Holds):
+    """Holds calls to the files of a pool's images, inside the threads that make them, from the moment they are opened.
+
+    "read", "write", "punch", "sync" and "extents" of the data file, "map-write" and "map-sync" of the map. `faults` are
+    raised instead of the call: `gate.faults.append((Rule("write"), OSError(errno.EIO, "...")))`; a Rule of "any" counts
+    all of them. calls: how many were made, held and failed ones too.
+    """
+
+    def __init__(self, *, forbid_inline: bool = False) -> None:
+        super().__init__()
+        self.faults: list[tuple[Rule, Exception]] = []
+        self.calls: Counter[str] = Counter()
+        self.forbid_inline = forbid_inline
+        self._lock = threading.Lock()  # threads count in the rules
+
+    def watch(self, data: LocalFile, map_file: LocalFile) -> None:
+        """From now on, before anybody has taken a method of them."""
+        try_read = data.try_read
+
+        def gated_try_read(offset: int, buffer: memoryview) -> bool:
+            return not self._is_barred(offset, len(buffer)) and try_read(offset, buffer)
+
+        setattr(data, "try_read", gated_try_read)  # noqa: B010
+        for file, name, op in (
+            (data, "read_now", "read"),
+            (data, "write_now", "write"),
+            (data, "punch_now", "punch"),
+            (data, "extents_now", "extents"),
+            (data, "sync_now", "sync"),
+            (map_file, "write_now", "map-write"),
+            (map_file, "sync_now", "map-sync"),
+        ):
+            setattr(file, name, self._gated(op, getattr(file, name)))
+
+    def _is_barred(self, offset: int, length: int) -> bool:
+        if self.forbid_inline or self._bars_fast_path("read", offset, length):
+            return True
+        return any(not rule.spent and rule.concerns("read", offset, length) for rule, _ in self.faults)
+
+    def _gated(self, op: str, call: Callable[..., object]) -> Callable[..., object]:
+        def gated(*arguments: Any) -> object:
+            offset, length = _range_of(op, arguments)
+            with self._lock:
+                self.calls[op] += 1
+                met = [error for rule, error in self.faults if _matches(rule, op, offset, length)]
+                held = self._find(op, offset, length)
+            return _in_thread(held, met[0] if met else None, call, arguments)
+
+        return gated
+
+
+def _matches(rule: Rule, op: str, offset: int, length: int) -> bool:
+    return rule.matches("any" if rule.op == "any" else op, offset, length)
+
+
+def _range_of(op: str, arguments: tuple[Any, ...]) -> tuple[int, int]:
+    if "sync" in op:
+        return 0, EVERYWHERE
+    offset, what = arguments[:2]
+    if "write" in op:
+        return offset, sum(map(len, what))
+    return offset, len(what) if op == "read" else what
+
+
+def _in_thread(held: Held | None, fault: Exception | None, call: Callable[..., T], arguments: tuple[object, ...]) -> T:
     if held is not None and not held.after:
         held._pass_in_thread()
     if fault is not None:

@@ -19,8 +19,10 @@ from cachefs.backends.memory import CHUNK, Memory, MemoryConfig
 from cachefs.config import LayerSpec, load
 from cachefs.graph import edge, open_stack
 from cachefs.layers.base import Environment, Layer
+from cachefs.layers.cache import Cache, CacheConfig
 from cachefs.layers.checked import Checked
 from cachefs.layers.cow import Cow, CowConfig
+from cachefs.pool.pool import open_pool
 from cachefs.testing.gate import FileGate, Gate
 from cachefs.testing.wrapper import SlowOnly
 
@@ -53,6 +55,10 @@ class Case:
     writable: bool = True
     on_disk: bool = False
     """In a folder on a real disk instead of tmpfs."""
+    quota: int = 64 << 20
+    """Of the pool that a cache in the stack lies in."""
+    block_size: int = 64 << 10
+    """Of that pool."""
 
     def __str__(self) -> str:
         return f"{self.name}-{self.size}" + ("-slow" if self.slow else "")
@@ -67,6 +73,7 @@ class Stack:
     backend: Layer
     cow: Cow | None
     file: FileGate | None
+    cache: Cache | None
     outside: Callable[[], bytes | None]
 
 
@@ -96,25 +103,30 @@ class Bench:
         between: puts a layer of the test's own between gate and backend.
         """
         case = self.case
-        env = Environment("disk", self.folder / "state", writable=case.writable)
         async with AsyncExitStack() as stack:
+            pools = {}
+            for name in {spec.options.pool for spec in case.layers if isinstance(spec.options, CacheConfig)}:
+                pool = open_pool(self.folder / "pools" / name, name, quota=case.quota, block_size=case.block_size)
+                pools[name] = await stack.enter_async_context(pool)
+            env = Environment("disk", self.folder / "state", writable=case.writable, pools=pools)
             backend = await self._open_backend(stack, env)
             wrapped = between(Checked(backend)) if between is not None else Checked(backend)
             gate = Gate(SlowOnly(wrapped) if case.slow else wrapped)
             top = await open_stack(stack, case.layers, edge(gate), env)
             cow = next((layer for layer in layers_of(top) if isinstance(layer, Cow)), None)
+            cache = next((layer for layer in layers_of(top) if isinstance(layer, Cache)), None)
             file = None
             if cow is not None:
                 file = FileGate(cow.store.data, cow.store.rounds, forbid_inline=case.slow)
             elif isinstance(backend, File):
                 file = FileGate(backend._file, backend._rounds, forbid_inline=case.slow)
             found = SlowOnly(top) if case.slow else top
-            yield Stack(found, gate, backend, cow, file, functools.partial(self._outside, cow))
+            yield Stack(found, gate, backend, cow, file, cache, functools.partial(self._outside, cow))
 
     async def _open_backend(self, stack: AsyncExitStack, env: Environment) -> Layer:
         if self.case.backend == "memory":
             return Memory("disk/memory", self.case.size, self.case.alignment, self.chunks)
-        env = replace(env, writable=env.writable and not self.case.layers)
+        env = replace(env, writable=env.writable and all(spec.options.passes_writes for spec in self.case.layers))
         return await stack.enter_async_context(File.open(FileConfig(path=self.image), env))
 
     def _outside(self, cow: Cow | None) -> bytes | None:
@@ -184,6 +196,14 @@ def cow_layer(**options: object) -> tuple[LayerSpec, ...]:
     return (LayerSpec("cow", CowConfig.model_validate(options), "layers[0].cow"),)
 
 
+def cache_layer(mode: str = "read-only") -> tuple[LayerSpec, ...]:
+    """A cache in the pool of the case."""
+    return (LayerSpec("cache", CacheConfig.model_validate({"pool": "node", "mode": mode}), "layers[0].cache"),)
+
+
+SMALL_QUOTA = 160 << 10  # room for a few blocks of 4 KiB: it evicts all the time
+
+
 def _own_cases(size: int) -> Iterator[Case]:
     yield Case("memory", size)
     yield Case("file", size, backend="file", on_disk=True)
@@ -196,6 +216,14 @@ def _own_cases(size: int) -> Iterator[Case]:
     yield Case("cow-detect-zeroes", size, cow_layer(detect_zeroes=True))
     yield Case("cow-ephemeral", size, cow_layer(ephemeral=True), keeps=False)
     yield Case("cow-align", size, cow_layer(), alignment=4096)
+    yield Case("cache", size, cache_layer(), writable=False)
+    yield Case("cache-on-disk", size, cache_layer(), backend="file", writable=False, on_disk=True)
+    yield Case("cache-small", size, cache_layer(), writable=False, quota=SMALL_QUOTA, block_size=4096)
+    yield Case("cache-through", size, cache_layer("write-through"))
+    yield Case("cache-through-file", size, cache_layer("write-through"), backend="file", block_size=4096)
+    yield Case("cow-cache", size, cow_layer() + cache_layer())
+    yield Case("cow-cache-small", size, cow_layer() + cache_layer(), quota=SMALL_QUOTA, block_size=4096)
+    yield Case("cache-align", size, cow_layer() + cache_layer(), alignment=4096, block_size=4096)
     yield Case("cow-on-disk", size, cow_layer(), backend="file", on_disk=True)
 
 

@@ -16,7 +16,21 @@ from cachefs.testing.stacks import cases
 CASES = cases(Path(__file__).parents[2] / "config.example.yaml")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+IN_THE_INNER_LOOP = {"cow", "cache-small", "align512"}
+"""Cases whose slow path is also tested with --fast."""
+
+
+def _parameters() -> list[object]:
+    """Every case; where the fast path is forbidden most are left to the whole run."""
+    return [
+        pytest.param(
+            case, id=str(case), marks=pytest.mark.slow if case.slow and case.name not in IN_THE_INNER_LOOP else ()
+        )
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize("case", _parameters())
 class TestLayers(LayerContract):
     """Every test of the contract, for every case."""
 

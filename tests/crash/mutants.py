@@ -85,7 +85,6 @@ def _write_only(store: BlockStore, copies: Copies) -> None:
 
 
 def _forget_the_round(store: BlockStore, _: Copies, error: Exception | None) -> None:
-    store.data.file_system.slow -= 1
     store.map.end_round()
 
 

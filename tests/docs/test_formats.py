@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 import struct
 import uuid
+import zlib
 from pathlib import Path
 
+import pytest
+import xxhash
+
 from cachefs import survivor
+from cachefs.pool import pool, summap
+from cachefs.pool.pool import POOL_IMAGE
 from cachefs.store import blockmap, files, sectors
 from cachefs.store.identity import Identity
 
@@ -119,3 +126,90 @@ def test_working_map_is_as_described() -> None:
     assert (body[240], body[720 + 480], body[1440], body[1448]) == (1, 1, 0b110, 0)
     states.begin_round()
     assert (body[1440], body[1448]) == (0, 0b110)
+
+
+def test_header_of_a_pool_image_is_as_described() -> None:
+    rows = table("pool.md", "Header")
+    assert [(offset, length) for offset, length, _ in rows] == fields(files._HEAD)
+    assert follows(rows)
+    assert f"| {files._HEAD.size} | | Identity of the base" in (FORMATS / "pool.md").read_text()
+    assert f"Format version: {POOL_IMAGE.version}" in [row[2] for row in rows]
+    assert repr(POOL_IMAGE.magic.decode())[1:-1] in rows[0][2]
+    assert f"{POOL_IMAGE.checksum} is crc32 as in zlib over header and map sectors, xxh3-64" in rows[6][2]
+    header = files.Header(5 << 40, 1 << 20, Identity("file", {"size": "1"}), uuid=uuid.UUID(int=7), format=POOL_IMAGE)
+    content = header.encode()
+    values = {offset: int.from_bytes(content[offset : offset + length], "little") for offset, length, _ in rows}
+    assert [values[offset] for offset in (12, 32, 40, 44, 48)] == [1, 5 << 40, 1 << 20, 2, 0]
+    assert content[16:32] == uuid.UUID(int=7).bytes
+    assert content[56 : 56 + values[52]] == b'{"facts": {"size": "1"}, "kind": "file"}'
+
+
+def test_pool_is_told_by_its_text() -> None:
+    assert "| `pool` | The text `cachefs pool 1` and a newline" in (FORMATS / "pool.md").read_text()
+    assert pool.POOL_TEXT == b"cachefs pool 1\n"
+
+
+def test_digest_of_an_image_is_as_described() -> None:
+    text = (FORMATS / "pool.md").read_text()
+    assert "the first 32 hexadecimal digits of the SHA-256" in text
+    form = """{"block_size": 65536, "facts": {"inode": "12"}, "kind": "file", "size": 1048576}"""
+    assert form.replace("}, ", ", ...}, ", 1) in text
+    found = pool.digest_of(Identity("file", {"inode": "12"}), 1048576, 65536)
+    assert found == hashlib.sha256(form.encode()).hexdigest()[:32]
+    with_owner = form.replace('"size"', '"owner": "vm1", "size"')
+    found = pool.digest_of(Identity("file", {"inode": "12"}), 1048576, 65536, "vm1")
+    assert found == hashlib.sha256(with_owner.encode()).hexdigest()[:32]
+
+
+def test_map_sector_of_a_pool_is_as_described() -> None:
+    rows = table("pool.md", "Map sector")
+    assert follows(rows)
+    *head, entries = rows
+    assert [(offset, length) for offset, length, _ in head] == fields(sectors.SECTOR_HEAD)
+    assert entries[:2] == (sectors.SECTOR_HEAD.size, summap.BLOCKS_PER_SECTOR * summap.ENTRY_SIZE)
+    assert entries[0] + entries[1] == sectors.SECTOR_SIZE
+    assert f"`{summap.SECTOR_MAGIC.decode()}`" in head[0][2]
+    assert entries[2].startswith(f"Entries: {summap.BLOCKS_PER_SECTOR} numbers of {summap.ENTRY_SIZE} bytes")
+    assert f"for every {summap.BLOCKS_PER_SECTOR} blocks" in (FORMATS / "pool.md").read_text()
+
+
+def test_entries_of_a_pool_mean_what_the_table_says() -> None:
+    text = (FORMATS / "pool.md").read_text()
+    rows = re.findall(r"^\| (\d)(?: and more)? \| ([a-z]+) \|", text, re.MULTILINE)
+    assert {int(number): state.upper() for number, state in rows} == {state: state.name for state in summap.State}
+
+
+def test_entries_of_a_pool_lie_where_the_table_says() -> None:
+    states = summap.SumMap(memoryview(bytearray(summap.working_size(200))), 200)
+    content = b"contents of a block" * 100
+    states.set_data(61, summap.checksum(61, content))
+    states.set_zero(62)
+    states.set_evicting(63)
+    states.set_spoiled(119)
+    ((number, sector),) = states.begin_round()
+    assert number == 1 == int.from_bytes(sector[16:24], "little")
+    entries = struct.unpack("<60Q", sector[32:])
+    assert entries == (0, xxhash.xxh3_64_intdigest(content, seed=61), 1, 2, *[0] * 55, 3)
+    assert int.from_bytes(sector[4:8], "little") == zlib.crc32(sector[8:])
+
+
+def test_checksums_that_would_be_states_are_moved_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, entry in ((0, 4), (3, 7), (4, 4), (2**64 - 1, 2**64 - 1)):
+        monkeypatch.setattr(summap.xxhash, "xxh3_64_intdigest", lambda content, seed, found=found: found)
+        assert summap.checksum(5, b"x") == entry
+
+
+def test_working_sums_are_as_described() -> None:
+    for blocks in (1, 60, 61, 60 * 64, 60 * 64 + 1):
+        count = -(-blocks // 60)
+        assert summap.working_size(blocks) == 480 * count + 2 * (-(-count // 64) * 8)
+    body = bytearray(summap.working_size(200))
+    states = summap.SumMap(memoryview(body), 200)
+    states.set_data(60, 0x1122334455667788)
+    states.set_zero(120)
+    assert body[480:488] == (0x1122334455667788).to_bytes(8, "little")
+    assert (body[960], body[1920], body[1928]) == (1, 0b110, 0)
+    states.begin_round()
+    assert (body[1920], body[1928]) == (0, 0b110)
+    text = (FORMATS / "survivor.md").read_text()
+    assert f"## Body of `sums`, layout {summap.LAYOUT}\n" in text

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from cachefs import __version__, statusview
 from cachefs.cli import cli, exit_code
 from cachefs.errors import BaseChangedError, CachefsError, ConfigError, FormatError, LockedError
+from cachefs.store.localfile import FileSystem
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.yaml"
 
@@ -45,7 +46,7 @@ def test_help_of_every_command_shows_an_example(path: tuple[str, ...], command: 
 
 
 def test_there_are_the_commands_of_the_manual() -> None:
-    assert {"mount", "umount", "status", "check", "schema"} <= set(cli.commands)
+    assert {"mount", "umount", "status", "check", "schema", "overlay", "pool", "warm"} == set(cli.commands)
 
 
 def test_version() -> None:
@@ -100,6 +101,68 @@ def test_check_warns_of_a_base_that_is_not_there(tmp_path: Path) -> None:
     )
 
 
+CACHED = "disks: {vm1: {layers: [cow, {cache: {pool: p}}], backend: {file: {path: base.raw}}}}\n"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.raw"
+    path.write_bytes(b"base")
+    return path
+
+
+def warnings(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    done = run("check", path)
+    assert done.exit_code == 0, done.output
+    return done.stderr.splitlines()
+
+
+def test_check_has_nothing_to_say_of_a_pool_that_fits(tmp_path: Path, base: Path) -> None:
+    assert warnings(tmp_path, f"pools: {{p: {{path: some/where, quota: 16MiB}}}}\n{CACHED}") == []
+    assert not (tmp_path / "some").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ("quota: 4000TiB", "pools.p: quota 4000TiB are more than its file system has, "),
+        (
+            "quota: 16MiB, min_free: 4000TiB",
+            "pools.p: quota 16MiB and min_free 4000TiB are more than its file system has, ",
+        ),
+    ],
+)
+def test_check_warns_of_a_quota_that_its_file_system_has_not(tmp_path: Path, base: Path, keys: str, says: str) -> None:
+    (warning,) = warnings(tmp_path, f"pools: {{p: {{path: p, {keys}}}}}\n{CACHED}")
+    assert warning.startswith(f"warning: {says}")
+    assert warning.endswith("; it will be full before the quota is reached")
+
+
+def test_check_warns_of_a_pool_that_may_hang(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FileSystem, "may_hang", True)
+    found = warnings(tmp_path, f"pools: {{p: {{path: p, quota: 16MiB}}}}\n{CACHED}")
+    (warning,) = [line for line in found if "pools.p" in line]
+    assert warning.startswith(f"warning: pools.p: {tmp_path}/p lies on a network or FUSE file system; ")
+
+
+def test_check_warns_of_a_cache_over_memory(tmp_path: Path) -> None:
+    text = "disks: {vm1: {layers: [{cache: {pool: p}}], backend: {memory: {size: 1MiB}}}}"
+    (warning,) = warnings(tmp_path, f"pools: {{p: {{path: p, quota: 16MiB}}}}\n{text}")
+    assert warning.startswith("warning: disks.vm1.layers[0].cache: memory is gone when the daemon ends")
+
+
+def test_check_warns_of_a_cache_over_a_block_device(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_block_device", lambda self: self == base)
+    text = "images: {i: {layers: [{cache: {pool: p}}], backend: {file: {path: base.raw}}}}\ndisks: {vm1: {image: i}}\n"
+    (warning,) = warnings(tmp_path, f"pools: {{p: {{path: p, quota: 16MiB}}}}\n{text}")
+    assert warning.startswith("warning: images.i.layers[0].cache: the contents of a block device are known by a sample")
+    assert "`cachefs pool drop`" in warning
+
+
 def test_schema_is_a_json_schema_that_accepts_the_example() -> None:
     done = run("schema")
     assert done.exit_code == 0
@@ -140,3 +203,26 @@ def test_status_shows_an_error_of_a_disk(capsys: pytest.CaptureFixture[str]) -> 
     assert cow.split() == ["vm1", "cow", "failed", "5GiB", "3", "MiB", "1", "GiB", "75.0", "%"]
     assert file.split()[:1] == ["file"]
     assert error == "vm1: vm1/cow: it is broken; mend it"
+
+
+def cache_layer(name: str, pool: str, bypass: str = "no", **counts: int) -> dict[str, object]:
+    return {"layer": name, "pool": pool, "hits": 0, "misses": 0, "bypassed": 0, "bypass": bypass, **counts}
+
+
+def test_status_shows_pools_and_why_one_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
+    daemon = {"mountpoint": "/mnt", "state": "serving", "pid": 7, "version": "1", "uptime_s": 61.2}
+    daemon |= {"waiting_requests": 0, "request_errors": 0, "internal_errors": 0}
+    pools = {
+        "node": {"quota_bytes": 1 << 30, "used_bytes": 3 << 28, "images": 2},
+        "idle": {"quota_bytes": 16 << 20, "used_bytes": 32 << 10, "images": 0},
+    }
+    shared = cache_layer("img/cache", "node", hits=7, misses=1)
+    broken = cache_layer("vm3/cache", "node", "reading: no answer in 1 s", hits=1, bypassed=1)
+    stacks = {"vm1": [{"layer": "vm1/cow"}, shared], "vm2": [{"layer": "vm2/cow"}, shared], "vm3": [broken]}
+    disks = {name: {"state": "serving", "size": 5 << 30, "layers": layers} for name, layers in stacks.items()}
+    statusview.show({"daemon": {**daemon, "pools": pools}, "disks": disks})
+    *_, titles, node, idle, why = capsys.readouterr().out.splitlines()
+    assert titles.split() == ["pool", "used", "quota", "full", "images", "hits"]
+    assert node.split() == ["node", "768", "MiB", "1GiB", "75.0", "%", "2", "80.0", "%"]
+    assert idle.split() == ["idle", "32", "KiB", "16MiB", "0.2", "%", "0"]
+    assert why == "vm3/cache: served without its pool for now: reading: no answer in 1 s"

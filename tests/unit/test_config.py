@@ -67,6 +67,9 @@ class TestValid:
         assert example.state_dir == EXAMPLE.parent / "state"
         assert example.poll == 50e-6
         assert example.images["debian12"].backend.options.path == EXAMPLE.parent / "images/debian12.raw"  # type: ignore[attr-defined]
+        node = example.pools["node"].options
+        assert (node.path, node.quota) == (EXAMPLE.parent / "pools/node", 64 << 20)
+        assert example.images["debian12"].layers[0].options.pool == "node"  # type: ignore[attr-defined]
         build = example.disks["build"]
         assert build.layers[0].options.block_size == 65536  # type: ignore[attr-defined]
         assert (build.mode, build.layers[0].path) == (0o660, "disks.build.layers[0].cow")
@@ -415,6 +418,141 @@ class TestStores:
         assert problem.startswith("4:30: disks.c.backend.file.path: ")
 
 
+class TestPools:
+    IMAGE = "images: {i: {layers: [{cache: {pool: p}}], backend: {file: {path: i.raw}}}}\n"
+    POOL = "pools: {p: {path: p, quota: 16MiB}}\n"
+
+    def pool(self, keys: str) -> str:
+        """A file with the pool `p`, which stands in line 1 from column 13 on, and nobody who uses it."""
+        return f"pools: {{p: {{{keys}}}}}\n{DISK}"
+
+    def test_keys_have_their_defaults(self, load_text: Load, tmp_path: Path) -> None:
+        found = load_text(self.pool("path: x, quota: 1GiB")).pools["p"]
+        assert (found.name, found.path, found.options.path) == ("p", "pools.p", tmp_path / "x")
+        keys = found.options
+        assert (keys.quota, keys.min_free, keys.evict) == (1 << 30, 0, "sieve")
+        assert (keys.block_size, keys.cache_timeout) == (65536, 1.0)
+
+    @pytest.mark.parametrize(
+        ("keys", "problem"),
+        [
+            ("quota: 1GiB", "1:9: pools.p.path: must be given"),
+            ("path: x", "1:9: pools.p.quota: must be given"),
+            ("path: x, quota: 1MiB", "1:29: pools.p.quota: must be at least 16MiB, not '1MiB'"),
+            ("path: x, quota: 50GB", "1:29: pools.p.quota: '50GB' is not a size: write 50GiB"),
+            (
+                "path: x, quota: 1GiB, block_size: 96KiB",
+                "1:47: pools.p.block_size: 96KiB is not a power of two from 4KiB to 1MiB",
+            ),
+            (
+                "path: x, quota: 1GiB, block_size: 2MiB",
+                "1:47: pools.p.block_size: 2MiB is not a power of two from 4KiB to 1MiB",
+            ),
+            ("path: x, quota: 1GiB, evict: lru", "1:42: pools.p.evict: must be 'sieve' or 'never', not 'lru'"),
+            (
+                "path: x, quota: 1GiB, cache_timeout: 1ms",
+                "1:50: pools.p.cache_timeout: must be at least 50ms, not '1ms'",
+            ),
+            ("path: x, qouta: 1GiB, quota: 1GiB", "1:22: pools.p.qouta: unknown key 'qouta': did you mean 'quota'?"),
+        ],
+    )
+    def test_mistakes_of_a_pool(self, problems: Problems, keys: str, problem: str) -> None:
+        assert problems(self.pool(keys)) == [problem]
+
+    @pytest.mark.parametrize(
+        ("layer", "problem"),
+        [
+            ("{cache: {pool: nod}}", "1:37: disks.d.layers[0].cache.pool: unknown pool 'nod': did you mean 'node'?"),
+            ("{cache: {pool: x}}", "1:37: disks.d.layers[0].cache.pool: unknown pool 'x': there is node"),
+            ("cache", "1:22: disks.d.layers[0].cache.pool: must be given"),
+            ("{cache: {pool: [node]}}", "1:37: disks.d.layers[0].cache.pool: a list is not text"),
+        ],
+    )
+    def test_a_cache_names_a_pool_that_there_is(self, problems: Problems, layer: str, problem: str) -> None:
+        text = f"disks: {{d: {{layers: [{layer}], backend: {{memory: {{size: 1}}}}}}}}\n"
+        (found,) = problems(f"{text}pools: {{node: {{path: x, quota: 1GiB}}}}\n")
+        assert found.startswith(problem)
+
+    def test_without_pools_there_is_none(self, problems: Problems) -> None:
+        (problem,) = problems("disks: {d: {layers: [{cache: {pool: x}}], backend: {memory: {size: 1}}}}\n")
+        assert problem == "1:37: disks.d.layers[0].cache.pool: unknown pool 'x': there is none"
+
+    @pytest.mark.parametrize(
+        ("layers", "writable"),
+        [
+            ("{cache: {pool: p}}", False),
+            ("{cache: {pool: p, mode: write-through}}", True),
+            ("cow, {cache: {pool: p}}", True),
+            ("cow, {cache: {pool: p, mode: write-through}}", True),
+        ],
+    )
+    def test_disk_over_a_read_only_cache_is_read_only(self, load_text: Load, layers: str, writable: bool) -> None:
+        text = f"{self.POOL}disks: {{d: {{layers: [{layers}], backend: {{memory: {{size: 1}}}}}}}}\n"
+        assert load_text(text).disks["d"].writable is writable
+
+    @pytest.mark.parametrize("mode", ["read-only", "write-through"])
+    def test_cache_above_cow_would_mix_up_disks(self, problems: Problems, mode: str) -> None:
+        layers = f"[{{cache: {{pool: p, mode: {mode}}}}}, cow]"
+        (problem,) = problems(f"{self.POOL}disks: {{d: {{layers: {layers}, backend: {{memory: {{size: 1}}}}}}}}\n")
+        assert problem.startswith("2:23: disks.d.layers[0].cache: a cache cannot stand above 'cow'")
+        assert "move it below the 'cow'" in problem
+
+    @pytest.mark.parametrize(
+        ("disk", "places"),
+        [
+            (
+                "layers: [{cache: {pool: p}}, {cache: {pool: p}}], backend: {memory: {size: 1}}",
+                "disks.d.layers[1].cache",
+            ),
+            ("layers: [cow, {cache: {pool: p}}], image: i", "images.i.layers[0].cache"),
+        ],
+    )
+    def test_cache_over_itself_would_wait_for_itself(self, problems: Problems, disk: str, places: str) -> None:
+        (problem,) = problems(f"{self.POOL}{self.IMAGE}disks: {{d: {{{disk}}}}}\n")
+        assert problem.endswith(f"{places}, which lies below it, is a cache in the same pool: keep one of them")
+
+    def test_caches_of_two_pools_may_lie_over_each_other(self, load_text: Load) -> None:
+        text = f"{self.IMAGE}disks: {{d: {{layers: [{{cache: {{pool: fast}}}}], image: i}}}}\n"
+        assert load_text(f"pools: {{p: {{path: p, quota: 1GiB}}, fast: {{path: f, quota: 1GiB}}}}\n{text}").disks
+
+    @pytest.mark.parametrize(
+        "stores",
+        [
+            "pools: {p: {path: x, quota: 1GiB}, q: {path: ./y/../x, quota: 1GiB}}\ndisks: {d: {image: i}}\n",
+            "pools: {p: {path: x, quota: 1GiB}}\ndisks: {d: {layers: [{cow: {path: x}}], image: i}}\n",
+        ],
+    )
+    def test_pool_shares_its_directory_with_nobody(self, problems: Problems, stores: str) -> None:
+        (problem,) = problems(f"{self.IMAGE}{stores}")
+        assert "a store that is written has exactly one user" in problem
+
+    @pytest.mark.parametrize(
+        ("stores", "who"),
+        [
+            (
+                "pools: {p: {path: x, quota: 1GiB}, q: {path: x/y, quota: 1GiB}}\ndisks: {d: {image: i}}\n",
+                "pools.q.path",
+            ),
+            (
+                "pools: {p: {path: x, quota: 1GiB}}\ndisks: {d: {layers: [{cow: {path: x/images/d}}], image: i}}\n",
+                "disks.d.layers[0].cow.path",
+            ),
+            ("pools: {p: {path: ., quota: 1GiB}}\ndisks: {d: {image: i}}\n", "images.i.backend.file.path"),
+            ("pools: {p: {path: x, quota: 1GiB}}\nstate_dir: x\ndisks: {d: {image: i}}\n", "state_dir"),
+            ("pools: {p: {path: x, quota: 1GiB}}\nstate_dir: x/state\ndisks: {d: {image: i}}\n", "state_dir"),
+        ],
+    )
+    def test_nothing_else_lies_in_a_pool(self, problems: Problems, stores: str, who: str) -> None:
+        (problem,) = problems(f"{self.IMAGE}{stores}")
+        assert ": pools.p.path: " in problem
+        assert f"{who} lies in it" in problem
+        assert "a pool has its directory for itself" in problem
+
+    def test_pool_below_state_dir_is_fine(self, load_text: Load) -> None:
+        text = "state_dir: s\npools: {p: {path: s/pool, quota: 1GiB}}\ndisks: {d: {image: i}}\n"
+        assert load_text(f"{self.IMAGE}{text}").pools
+
+
 def schema_keys() -> list[str]:
     """Every key that the schema knows."""
     found: set[str] = set()
@@ -450,7 +588,10 @@ class TestSchema:
             "disks: {d: {backend: {memory: {size: 50GB}}}}",
             "disks: {'a b': {image: i}}",
             "images: {i: {layers: [cow], backend: {memory: {size: 1}}}}\ndisks: {d: {image: i}}",
-            f"pools: {{}}\n{DISK}",
+            f"pools: {{p: {{quota: 16MiB}}}}\n{DISK}",
+            f"pools: {{p: {{path: p, quota: 16MiB, evict: lru}}}}\n{DISK}",
+            "disks: {d: {layers: [{cache: {}}], backend: {memory: {size: 1}}}}",
+            "disks: {d: {layers: [{cache: {pool: p, mode: write-back}}], backend: {memory: {size: 1}}}}",
         ],
     )
     def test_refuses_what_load_refuses(self, text: str, problems: Problems) -> None:
@@ -515,7 +656,8 @@ def check_any_bytes(content: bytes) -> None:
 
 WORDS = [
     "state_dir", "poll", "images", "disks", "vm1", "i", "layers", "cow", "image", "backend", "file", "memory", "path",
-    "size", "block_size", "limit", "ephemeral", "mode", "uid", "read_only", "<<", "0640", "64KiB", "5s", "",
+    "size", "block_size", "limit", "ephemeral", "mode", "uid", "read_only", "<<", "0640", "64KiB", "5s", "", "pools", "pool",
+    "cache", "quota", "16MiB", "evict", "write-through",
 ]  # fmt: skip
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(WORDS), st.dates()
@@ -527,7 +669,7 @@ trees = st.recursive(
 )
 stacks = st.fixed_dictionaries(
     {"disks": st.dictionaries(st.sampled_from(WORDS), st.fixed_dictionaries({"layers": trees, "backend": trees}))},
-    optional={"images": trees, "state_dir": trees, "poll": trees},
+    optional={"images": trees, "state_dir": trees, "poll": trees, "pools": trees},
 )
 
 

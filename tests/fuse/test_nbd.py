@@ -1,0 +1,378 @@
+"""Disks over real NBD servers, nbdkit and qemu-nbd: what is read and written, what survives, and what fails in which way."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import os
+import signal
+import socket as sockets
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, need, pattern, run
+
+MIB = 1 << 20
+SIZE = 16 * MIB
+
+
+class Server:
+    """An NBD server on a unix socket (or, with *port*, on TCP), which can be killed and started again."""
+
+    def __init__(self, command: list[str], ready: Callable[[], bool], log: Path) -> None:
+        need(command[0])
+        self._command, self._ready, self._log = command, ready, log
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, wait_until: Callable[..., Any]) -> None:
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = self.process
+        wait_until(lambda: process.poll() is not None or self._ready(), "the server's socket")
+        assert process.poll() is None, self._log.read_text()
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(10)
+
+
+class Servers:
+    """Starts servers in *folder*; all are killed at the end of the test."""
+
+    def __init__(self, folder: Path, wait_until: Callable[..., Any]) -> None:
+        self.folder = folder
+        self._wait_until = wait_until
+        self.all: list[Server] = []
+
+    def _start(self, command: list[str], socket: Path) -> Server:
+        def ready() -> bool:
+            return _listens(socket)
+
+        server = Server(command, ready, self.folder / f"server{len(self.all)}.log")
+        self.all.append(server)
+        server.start(self._wait_until)
+        return server
+
+    def nbdkit(self, *arguments: object, name: str = "a") -> tuple[str, Server]:
+        socket = self.folder / f"{name}.sock"
+        server = self._start(["nbdkit", "-f", "--exit-with-parent", "-U", str(socket), *map(str, arguments)], socket)
+        return f"nbd+unix:///?socket={socket}", server
+
+    def qemu_nbd(self, image: Path, form: str, *arguments: str) -> tuple[str, Server]:
+        socket = self.folder / "q.sock"
+        command = ["qemu-nbd", "-k", str(socket), "-f", form, "-x", "disk", "-t", "-e", "8", *arguments, str(image)]
+        return f"nbd+unix:///disk?socket={socket}", self._start(command, socket)
+
+    def restart(self, server: Server) -> None:
+        for socket in self.folder.glob("*.sock"):
+            socket.unlink()
+        server.start(self._wait_until)
+
+
+def _listens(socket: Path) -> bool:
+    return any(line.endswith(f" {socket}") for line in Path("/proc/net/unix").read_text().splitlines())
+
+
+@pytest.fixture
+def servers(tmp_path: Path, wait_until: Callable[..., Any]) -> Iterator[Servers]:
+    made = Servers(tmp_path, wait_until)
+    yield made
+    for server in made.all:
+        server.kill()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """1 MiB of data at 0 and at 8 MiB, holes between."""
+    path = tmp_path / "image.raw"
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+        for offset in (0, 8 * MIB):
+            file.seek(offset)
+            file.write(pattern(MIB))
+    return path
+
+
+def over(uri: str, *layers: str, **options: Any) -> dict[str, Any]:
+    return {"layers": list(layers), "backend": {"nbd": {"uri": uri, **options}}}
+
+
+def opened(path: Path, flags: int = os.O_RDWR) -> int:
+    return os.open(path, flags | os.O_CLOEXEC)
+
+
+# ---- what is read and written
+
+
+@pytest.mark.parametrize("kind", ["nbdkit", "nbdkit-4096", "qemu-nbd", "qemu-nbd-qcow2"])
+def test_overlay_over_a_server_reads_as_the_image_and_leaves_it_alone(
+    mount: Any, servers: Servers, image: Path, tmp_path: Path, kind: str
+) -> None:
+    need("qemu-img")
+    if kind == "nbdkit":
+        uri, _ = servers.nbdkit("-r", "file", image)
+    elif kind == "nbdkit-4096":
+        policy = ("blocksize-minimum=4096", "blocksize-preferred=64K", "blocksize-maximum=256K")
+        uri, _ = servers.nbdkit(
+            "-r", "--filter=blocksize-policy", "file", image, "blocksize-error-policy=error", *policy
+        )
+    elif kind == "qemu-nbd":
+        uri, _ = servers.qemu_nbd(image, "raw", "-r")
+    else:
+        run("qemu-img", "convert", "-c", "-O", "qcow2", image, tmp_path / "image.qcow2")
+        uri, _ = servers.qemu_nbd(tmp_path / "image.qcow2", "qcow2", "-r")
+    before = image.read_bytes()
+    mounted = mount({"disks": {"vm": over(uri, "cow"), "golden": {**over(uri), "read_only": True}}})
+    for name in ("vm", "golden"):
+        run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, mounted.path / name)
+    disk = opened(mounted.path / "vm")
+    os.pwrite(disk, b"overlay", 8 * MIB + 5)
+    os.fsync(disk)
+    assert os.pread(disk, 10, 8 * MIB + 3) == before[8 * MIB + 3 :][:2] + b"overlay" + before[8 * MIB + 12 :][:1]
+    os.close(disk)
+    golden = opened(mounted.path / "golden", os.O_RDONLY)
+    assert os.lseek(golden, MIB, os.SEEK_DATA) == 8 * MIB  # the server's map of holes
+    assert os.lseek(golden, 0, os.SEEK_HOLE) == MIB
+    os.close(golden)
+    mounted.umount()
+    assert image.read_bytes() == before
+
+
+def test_disk_on_a_server_keeps_what_was_written(mount: Any, servers: Servers, image: Path) -> None:
+    need("mkfs.ext4")
+    need("fio")
+    uri, _ = servers.nbdkit("file", image)
+    mounted = mount({"disks": {"vm": over(uri)}})
+    disk = mounted.path / "vm"
+    verify = ("--rw=randwrite", "--bsrange=512-64k", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1")
+    done = run(
+        "fio", "--name=v", f"--filename={disk}", "--ioengine=libaio", "--direct=1", "--size=8M", *verify, "--fsync=20"
+    )
+    assert "err= 0" in done.stdout
+    run("mkfs.ext4", "-q", "-F", disk)
+    run("fsck.ext4", "-f", "-n", disk)
+    assert mounted.layer("vm", -1)["connections"] == 4
+    mounted.umount()
+    run("fsck.ext4", "-f", "-n", image)
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "zeroes", "extents"])
+def test_trims_read_as_zeros_and_no_trim_is_sent(
+    mount: Any, servers: Servers, image: Path, tmp_path: Path, lacks: str
+) -> None:
+    log = tmp_path / "requests.log"
+    filters = {"zeroes": ["--filter=nozero"], "extents": ["--filter=noextents"]}.get(lacks, [])
+    uri, _ = servers.nbdkit("--filter=log", *filters, "file", image, f"logfile={log}")
+    mounted = mount({"disks": {"vm": over(uri)}})
+    disk = opened(mounted.path / "vm")
+    fallocate(disk, PUNCH_HOLE | KEEP_SIZE, 4096, 10000)
+    fallocate(disk, ZERO_RANGE | KEEP_SIZE, 100000, 100)
+    os.fsync(disk)
+    os.close(disk)
+    expected = bytearray(pattern(MIB))
+    for start, length in ((4096, 10000), (100000, 100)):
+        expected[start : start + length] = bytes(length)
+    assert (mounted.path / "vm").read_bytes()[:MIB] == expected
+    assert image.read_bytes()[:MIB] == expected
+    mounted.umount()
+    said = log.read_text()
+    assert " Trim " not in said
+    assert " Flush " in said
+    assert (" Zero " in said) == (lacks != "zeroes")
+
+
+@pytest.mark.logs("READ .* of vm failed: vm/nbd: read 0.4096: the server says: input/output error")
+def test_error_of_the_server_fails_the_read_and_nothing_else(
+    mount: Any, servers: Servers, image: Path, tmp_path: Path
+) -> None:
+    uri, _ = servers.nbdkit(
+        "--filter=error", "file", image, "error-pread=EIO", "error-pread-rate=100%", f"error-pread-file={tmp_path}/on"
+    )
+    mounted = mount({"disks": {"vm": over(uri)}})
+    disk = opened(mounted.path / "vm")
+    (tmp_path / "on").touch()
+    with pytest.raises(OSError, match="Input/output") as caught:
+        os.pread(disk, 4096, 0)
+    assert caught.value.errno == errno.EIO
+    (tmp_path / "on").unlink()
+    assert os.pread(disk, 4096, 0) == pattern(4096)
+    assert mounted.status("vm")["disk"]["state"] == "serving"
+    os.close(disk)
+    mounted.umount()
+
+
+# ---- servers that go
+
+
+@pytest.mark.logs("connection lost, making a new one")
+def test_server_that_is_killed_and_started_again_under_reads_costs_no_error(
+    mount: Any, servers: Servers, image: Path, wait_until: Callable[..., Any]
+) -> None:
+    uri, server = servers.nbdkit("-r", "--filter=delay", "file", image, "rdelay=10ms")
+    mounted = mount({"disks": {"vm": over(uri, "cow", deadline="30s")}})
+    content = image.read_bytes()
+    wrong: list[object] = []
+    reads = [0] * 4
+    stop = threading.Event()
+
+    def look(number: int) -> None:
+        disk = opened(mounted.path / "vm", os.O_RDONLY)
+        try:
+            while not stop.is_set():
+                at = (reads[number] * 7919 + number) * 4096 % SIZE
+                if os.pread(disk, 4096, at) != content[at : at + 4096]:
+                    wrong.append(at)
+                reads[number] += 1
+        except OSError as exc:
+            wrong.append(exc)
+        finally:
+            os.close(disk)
+
+    def wait_for_reads() -> None:
+        before = min(reads)
+        wait_until(lambda: wrong or min(reads) > before + 3, "reads by everybody")
+
+    threads = [threading.Thread(target=look, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            wait_for_reads()
+            server.kill()
+            wait_until(lambda: mounted.layer("vm", -1)["connections"] == 0, "the loss")
+            servers.restart(server)
+    finally:
+        wait_for_reads()
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert wrong == []
+    assert mounted.status("vm")["disk"]["state"] == "serving"
+    mounted.umount()
+
+
+@pytest.mark.logs(
+    "connection lost, making a new one",
+    "while the server held writes",
+    "vm.*not sent again",
+    "read-only since",
+    "of vm failed",
+    "which failed",
+)
+def test_write_in_flight_on_a_killed_server_fails_and_so_do_later_flushes(
+    mount: Any, servers: Servers, image: Path, wait_until: Callable[..., Any]
+) -> None:
+    uri, server = servers.nbdkit("--filter=delay", "file", image, "wdelay=600")
+    mounted = mount({"disks": {"vm": over(uri)}})
+    disk = opened(mounted.path / "vm")
+    raised: list[int | None] = []
+
+    def change() -> None:
+        try:
+            os.pwrite(disk, b"x" * 4096, 0)
+        except OSError as exc:
+            raised.append(exc.errno)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    wait_until(lambda: mounted.layer("vm", -1)["in_flight"] == 1, "the write")
+    server.kill()
+    thread.join(30)
+    assert raised == [errno.EIO]
+    servers.restart(server)
+    with pytest.raises(OSError, match="Input/output"):
+        os.fsync(disk)
+    with pytest.raises(OSError, match="Read-only"):
+        os.pwrite(disk, b"y", 0)
+    assert os.pread(disk, 4096, 0) == pattern(4096)
+    found = mounted.status("vm")["disk"]
+    assert found["state"] == "failed"
+    assert "until it is mounted anew" in found["error"]
+    with pytest.raises(OSError, match="Input/output"):  # the kernel's FLUSH reports it too
+        os.close(disk)
+    mounted.process.send_signal(signal.SIGTERM)
+    mounted.process.wait(30)
+    assert image.read_bytes()[:4096] == pattern(4096)
+
+
+def test_server_that_is_not_there_is_named_when_the_mount_fails(
+    cachefs: Callable[..., Any], tmp_path: Path, servers: Servers, image: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    (tmp_path / "mnt").mkdir()
+    uri, _ = servers.nbdkit("-r", "file", image, name="there")
+    gone = f"nbd+unix:///disk?socket={tmp_path}/gone.sock"
+    for disk, sentence in ((gone, "No such file or directory"), (uri, "put a cow layer above it")):
+        config.write_text(
+            f'state_dir: {tmp_path}/state\ndisks: {{vm: {{backend: {{nbd: {{uri: "{disk}", deadline: 300ms}}}}}}}}\n'
+        )
+        done = cachefs("mount", "--foreground", config, tmp_path / "mnt")
+        assert done.returncode == 3, done.stderr
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+# ---- TLS
+
+
+def _certificates(folder: Path) -> Path:
+    """A CA, the server's certificate for "localhost" and a client's, with the names that nbdkit looks for."""
+    trustme = pytest.importorskip("trustme")
+    expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
+    ca = trustme.CA()
+    folder.mkdir()
+    ca.cert_pem.write_to_path(str(folder / "ca-cert.pem"))
+    for role, name in (("server", "localhost"), ("client", "node1")):
+        made = ca.issue_cert(name, not_after=expires)
+        made.private_key_pem.write_to_path(str(folder / f"{role}-key.pem"))
+        made.cert_chain_pems[0].write_to_path(str(folder / f"{role}-cert.pem"))
+    return folder
+
+
+def _free_port() -> int:
+    with sockets.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_tls_is_spoken_and_nobody_else_is_believed(
+    mount: Any, servers: Servers, image: Path, tmp_path: Path, cachefs: Callable[..., Any]
+) -> None:
+    ours, theirs = _certificates(tmp_path / "ours"), _certificates(tmp_path / "theirs")
+    port = _free_port()
+    tls = ("--tls=require", f"--tls-certificates={ours}", "--tls-verify-peer")
+    command = ["nbdkit", "-f", "--exit-with-parent", "-i", "127.0.0.1", "-p", str(port), *tls, "file", str(image)]
+
+    def listens() -> bool:
+        return f":{port:04X} 00000000:0000 0A" in Path("/proc/net/tcp").read_text()
+
+    server = Server(command, listens, tmp_path / "tls.log")
+    servers.all.append(server)
+    server.start(servers._wait_until)
+    client = {"cert": str(ours / "client-cert.pem"), "key": str(ours / "client-key.pem")}
+    good = {"ca": str(ours / "ca-cert.pem"), **client}
+    mounted = mount({"disks": {"vm": over(f"nbds://localhost:{port}/", tls=good)}})
+    disk = opened(mounted.path / "vm")
+    assert os.pread(disk, 2 * MIB, 0) == pattern(MIB) + bytes(MIB)
+    os.pwrite(disk, b"\x11" * (3 * MIB), MIB)
+    os.fsync(disk)
+    os.close(disk)
+    mounted.umount()
+    assert image.read_bytes()[MIB : 4 * MIB] == b"\x11" * (3 * MIB)
+
+    wrong = {"ca": str(theirs / "ca-cert.pem"), **client}
+    (tmp_path / "mnt").mkdir()
+    for uri, given, sentence in (
+        (f"nbds://localhost:{port}/", wrong, "the server's certificate: unable to get local issuer certificate"),
+        (f"nbds://127.0.0.1:{port}/", good, "the server's certificate: IP address mismatch"),
+        (f"nbd://localhost:{port}/", None, "wants TLS"),
+    ):
+        config = mount.write({"disks": {"vm": over(uri, deadline="2s", **({"tls": given} if given else {}))}})
+        done = cachefs("mount", "--foreground", config, tmp_path / "mnt")
+        assert done.returncode == 3, done.stderr
+        assert sentence in done.stderr
