@@ -2,8 +2,10 @@
 
 from cachefs.backends.file import File
 from cachefs.backends.memory import Memory
+from cachefs.backends.nbd import Nbd
 
 BACKENDS = {
     "file": File,
     "memory": Memory,
+    "nbd": Nbd,
 }

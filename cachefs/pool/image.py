@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WINDOW_SHARE = 64  # the longest read-ahead is one part in this many of the quota
+SYNC_PATIENCE_S = 30.0  # nobody waits for one, and on a busy disk one of 64 MiB takes its time
+INSTALLERS = 4  # calls of an image that write at once: one would wait for its turn on the loop most of the time
 SCAN_STEP = 256  # extents asked for at once
 SCAN_BLOCKS = 1 << 16  # looked at before others run
 
@@ -139,11 +141,11 @@ class PoolImage:
         self.joinable_before: dict[int, Flight] = {}  # the same by the first block
         self.pins: Counter[int] = Counter()
         self.barred: Counter[int] = Counter()  # being changed from above: not to be installed
-        self.calls: dict[Call, float] = {}  # work under way, and since when
+        self.calls: dict[Call, float] = {}  # work under way, and when it counts as hung
         self.unsynced: set[int] = set()  # installed since the last good sync
         self.is_leaving = False  # about to be deleted: nothing more goes in
         self.is_closed = False  # the policy may not know it any more
-        self._installing = False
+        self._installing = 0  # installers at work
         self._queue: deque[Flight] = deque()
         self._queued = trio.Event()
         self._landed = trio.Event()
@@ -280,14 +282,15 @@ class PoolImage:
         return self.writing.works and self.settled and self.pool.has_place_ahead()
 
     async def run_installer(self) -> None:
-        """Install what is queued, one flight after the other, until the image is dropped."""
+        """Install what is queued, one flight after the other, until the image is dropped. There are INSTALLERS at most."""
         while not self.is_leaving:
             if not self._queue:
-                self._queued = trio.Event()
+                if self._queued.is_set():
+                    self._queued = trio.Event()
                 await self._queued.wait()
                 continue
             flight = self._queue.popleft()
-            self._installing = True
+            self._installing += 1
             try:
                 if self.writing.may_try(trio.current_time()):
                     await self._install(flight)
@@ -296,7 +299,7 @@ class PoolImage:
             except Exception:
                 log.exception("%s: a block could not be installed; it was served from below", self.path)
             finally:
-                self._installing = False
+                self._installing -= 1
                 self.pool.give_back_backlog(len(flight.buffer))
                 self.land(flight)
 
@@ -448,7 +451,7 @@ class PoolImage:
             return
         copies, unsynced, self.unsynced = self.map.begin_round(), self.unsynced, set()
         try:
-            await self.work(self._sync_now, copies)
+            await self.work(self._sync_now, copies, patience_s=SYNC_PATIENCE_S)
         except OSError as exc:
             # The kernel may have dropped the pages: what is read now may not be what is read later.
             for block in unsynced:
@@ -474,10 +477,13 @@ class PoolImage:
 
     # ---- calls
 
-    async def work(self, call: Callable[..., T], *arguments: object) -> T:
-        """Run *call* in a thread to its end, watched by the pool. Raises OSError. Only the end of the pool gives it up."""
+    async def work(self, call: Callable[..., T], *arguments: object, patience_s: float = 0.0) -> T:
+        """Run *call* in a thread to its end, watched by the pool. Raises OSError. Only the end of the pool gives it up.
+
+        patience_s: how long it may take, where that is more than the pool's patience.
+        """
         token = Call(functools.partial(call, *arguments))
-        self.calls[token] = trio.current_time()
+        self.calls[token] = trio.current_time() + max(patience_s, self.pool.patience_s)
         try:
             with self.data.file_system.busy():
                 result = await trio.to_thread.run_sync(
@@ -503,9 +509,10 @@ class PoolImage:
             if token.ended.wait(max(0.0, deadline - time.monotonic())):
                 del self.calls[token]
 
-    def stalled_s(self) -> float:
-        """How long the oldest call has been under way; 0 when there is none."""
-        return trio.current_time() - min(self.calls.values()) if self.calls else 0.0
+    @property
+    def is_stalled(self) -> bool:
+        """Whether some call takes longer than it may."""
+        return any(trio.current_time() > due for due in self.calls.values())
 
     def fail(self, health: Health, reason: str) -> None:
         """What *health* stands for failed: serve from below for a while."""

@@ -36,9 +36,9 @@ import trio
 
 from cachefs.errors import FormatError, StoreError, VersionError
 from cachefs.pool import summap
-from cachefs.pool.account import FIXED_BYTES, Account
-from cachefs.pool.evict import BLOCK_MASK, KEY_SHIFT, STEPS_PER_CALL, Never, Policy, Sieve
-from cachefs.pool.image import Flight, PoolImage
+from cachefs.pool.account import FIXED_BYTES, LARGEST_INSTALL, Account
+from cachefs.pool.evict import BLOCK_MASK, KEY_SHIFT, RING_SHARE, STEPS_PER_CALL, Never, Policy, Sieve
+from cachefs.pool.image import INSTALLERS, Flight, PoolImage
 from cachefs.pool.summap import PAGE_SIZE
 from cachefs.store import files
 from cachefs.store.files import Header, StoreFormat, StoreLock
@@ -56,6 +56,7 @@ POOL_TEXT = b"cachefs pool 1\n"
 SYNC_S = 5.0
 SYNC_BYTES = 64 << 20
 BACKLOG_BYTES = 64 << 20  # fetched and not installed
+LOOK_S = 1.0  # between two looks of the watch, at most
 VICTIMS = 64  # at a time
 CLOSE_PATIENCE_S = 3.0
 
@@ -154,7 +155,9 @@ class Pool:
     def _add(self, image: PoolImage) -> None:
         self.images[image.path.name] = image
         self._by_number[image.blocks.number] = image
-        self._nursery.start_soon(image.run_installer)
+        # What they are writing cannot be evicted: were it more than the ring holds, others would have to go for it.
+        for _ in range(max(1, min(INSTALLERS, self.account.limit // RING_SHARE // LARGEST_INSTALL))):
+            self._nursery.start_soon(image.run_installer)
 
     async def drop(self, image: PoolImage) -> None:
         """Delete an image that nobody uses, and count its room as free."""
@@ -328,14 +331,17 @@ class Pool:
             return
         for image in reversed(self.images.values()):
             for start, end in reversed(list(image.map.held_runs())):
-                for last in range(end, start, -VICTIMS):
+                while start < end:
                     if self.account.free >= 0:
                         return
-                    keys = [image.blocks.base | block for block in range(max(start, last - VICTIMS), last)]
+                    missing = -(self.account.free >> image.shift)  # blocks
+                    first = max(start, end - min(VICTIMS, missing))
+                    keys = [image.blocks.base | block for block in range(first, end)]
                     for key in keys:
                         self.policy.give_up(key)
                     if not await self._evict_keys(keys):
                         return
+                    end = first
 
     # ---- tasks
 
@@ -351,10 +357,10 @@ class Pool:
     async def _watch(self) -> None:
         """Notice what hangs, keep free space for others, and try again what failed."""
         while True:
-            await trio.sleep(self.patience_s / 4)
+            await trio.sleep(min(LOOK_S, self.patience_s / 4))
             now = trio.current_time()
             for image in list(self.images.values()):
-                if image.stalled_s() > self.patience_s:
+                if image.is_stalled:
                     image.fail(image.writing, f"no answer in {self.patience_s:g} s")
                 elif not image.reading.works and image.reading.may_try(now):
                     image.reading.begin_try()

@@ -18,7 +18,7 @@ SAMPLE_SIZE = 4096
 
 @dataclass(frozen=True)
 class Identity:
-    """kind: "file", "block-device", "memory". facts: name -> value, all strings, compared one by one."""
+    """kind: "file", "block-device", "nbd", "memory". facts: name -> value, all strings, compared one by one."""
 
     kind: str
     facts: Mapping[str, str]
@@ -31,7 +31,7 @@ class Identity:
     @property
     def is_sampled(self) -> bool:
         """Whether only a part of the contents was looked at, so that two bases may have it that are not the same."""
-        return self.kind == "block-device"
+        return self.kind in ("block-device", "nbd")
 
     def changes(self, now: Identity) -> list[str]:
         """What differs in *now*, a phrase each ("size was 1048576, is 2097152"); empty when it is the same base."""

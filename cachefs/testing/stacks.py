@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cachefs.backends.file import File, FileConfig
 from cachefs.backends.memory import CHUNK, Memory, MemoryConfig
+from cachefs.backends.nbd import Nbd, NbdConfig
 from cachefs.config import LayerSpec, load
 from cachefs.graph import edge, open_stack
 from cachefs.layers.base import Environment, Layer
@@ -24,6 +25,7 @@ from cachefs.layers.checked import Checked
 from cachefs.layers.cow import Cow, CowConfig
 from cachefs.pool.pool import open_pool
 from cachefs.testing.gate import FileGate, Gate
+from cachefs.testing.nbdserver import serve_image
 from cachefs.testing.wrapper import SlowOnly
 
 ODD_SIZE = 130000  # no multiple of anything
@@ -91,7 +93,7 @@ class Bench:
         self.content = self.content or pattern(self.case.size)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.image = self.folder / "base.raw"
-        if self.case.backend == "file":
+        if self.case.backend in ("file", "nbd"):
             write_sparse(self.image, self.content)
         else:
             fill(self.chunks, self.content)
@@ -127,11 +129,14 @@ class Bench:
         if self.case.backend == "memory":
             return Memory("disk/memory", self.case.size, self.case.alignment, self.chunks)
         env = replace(env, writable=env.writable and all(spec.options.passes_writes for spec in self.case.layers))
+        if self.case.backend == "nbd":
+            uri = stack.enter_context(serve_image(self.image, self.folder / "nbd.sock"))
+            return await stack.enter_async_context(Nbd.open(NbdConfig(uri=uri), env))
         return await stack.enter_async_context(File.open(FileConfig(path=self.image), env))
 
     def _outside(self, cow: Cow | None) -> bytes | None:
         """The disk, read past all layers; call it after a flush. None where nothing durable is kept to look at."""
-        below = self.image.read_bytes() if self.case.backend == "file" else unfold(self.chunks, self.case.size)
+        below = self.image.read_bytes() if self.case.backend in ("file", "nbd") else unfold(self.chunks, self.case.size)
         if cow is None:
             return below
         return read_overlay(cow.store.path, below) if cow.store.durable else None
@@ -208,6 +213,7 @@ def _own_cases(size: int) -> Iterator[Case]:
     yield Case("memory", size)
     yield Case("file", size, backend="file", on_disk=True)
     yield Case("file-tmpfs", size, backend="file")
+    yield Case("nbd", size, backend="nbd")
     yield Case("align512", size, alignment=512)
     yield Case("align4096", size, alignment=4096)
     yield Case("cow", size, cow_layer())

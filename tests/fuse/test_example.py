@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 from cachefs.backends.file import FileConfig
 from cachefs.config import load
+from cachefs.testing.nbdserver import serve_image
 
 pytestmark = pytest.mark.slow
 
@@ -21,9 +22,10 @@ CONTENT = b"the image's own bytes".ljust(4096, b".")
 
 
 @pytest.fixture
-def example(tmp_path: Path) -> Path:
-    """A copy, with images where it names some."""
-    copy = Path(shutil.copy(EXAMPLE, tmp_path / "config.yaml"))
+def example(tmp_path: Path) -> Iterator[Path]:
+    """A copy, with images and a server where it names some."""
+    copy = tmp_path / "config.yaml"
+    copy.write_text(EXAMPLE.read_text().replace("/run/nbd/remote.sock", f"{tmp_path}/remote.sock"))
     config = load(copy)
     backends = [image.backend for image in config.images.values()]
     backends += [disk.backend for disk in config.disks.values() if disk.backend is not None]
@@ -34,7 +36,10 @@ def example(tmp_path: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(CONTENT)
             os.truncate(path, SIZE)
-    return copy
+    (tmp_path / "remote.raw").write_bytes(CONTENT)
+    os.truncate(tmp_path / "remote.raw", SIZE)
+    with serve_image(tmp_path / "remote.raw", tmp_path / "remote.sock"):
+        yield copy
 
 
 def test_every_stack_of_the_example_is_served(mount: Any, example: Path, cachefs: Any) -> None:
@@ -67,3 +72,4 @@ def test_every_stack_of_the_example_is_served(mount: Any, example: Path, cachefs
         gone = gone or not disk.writable or (disk.backend is not None and disk.backend.kind == "memory")
         with (again.path / name).open("rb") as file:
             assert os.pread(file.fileno(), len(text), 100_001) == (bytes(len(text)) if gone else text)
+    again.umount()

@@ -59,7 +59,7 @@ def cached(
 ) -> dict[str, Any]:
     """Disks vm1, vm2, ... over *image* and one cache; what comes and goes is written into a log beside the image.
 
-    below: options of what is `watched` below the cache.
+    No stall of a busy test machine counts as a fault. below: options of what is `watched` below the cache.
     """
     log = str(image.with_suffix(".log"))
     layers = [
@@ -68,7 +68,7 @@ def cached(
         {"watched": {"log": log, "word": "f", **(below or {})}},
     ]
     return {
-        "pools": {"node": {"path": str(pool), "quota": quota, **keys}},
+        "pools": {"node": {"path": str(pool), "quota": quota, "cache_timeout": "10s", **keys}},
         "images": {"img": {"layers": layers, "backend": {"file": {"path": str(image)}}}},
         "disks": {f"vm{number + 1}": {"layers": ["cow"], "image": "img"} for number in range(disks)},
     }
@@ -343,14 +343,16 @@ def test_two_disks_that_wait_for_the_same_cold_block_cost_one_fetch(
     assert len(fetches) == len(set(fetches))
 
 
-def test_eight_disks_that_read_a_whole_image_at_once_fetch_it_once(mount: Any, image: Path, tmp_path: Path) -> None:
+def test_eight_disks_that_read_a_whole_image_at_once_fetch_it_once(
+    mount: Any, image: Path, tmp_path: Path, wait_until: Any
+) -> None:
     mounted = mount(cached(image, tmp_path / "pool", disks=8), program=WATCHED)
     with ThreadPoolExecutor(8) as threads:
         reads = [threads.submit(check, mounted.path / f"vm{number}", 0, 32 * MIB) for number in range(1, 9)]
         for read in reads:
             read.result(60)
     assert fetched(mounted) == 32 * MIB
-    assert layer(mounted, "cache")["installed_blocks"] == 32 * MIB // BLOCK
+    wait_until(lambda: layer(mounted, "cache")["installed_blocks"] == 32 * MIB // BLOCK, "all of it is kept")
 
 
 # ---- mounted again

@@ -1,0 +1,203 @@
+"""The connections to an NBD export: made, kept up, and given requests.
+
+`Client` keeps up to `connections` of them, makes lost ones anew for as long as it is open, with growing pauses, and gives each
+request to the one with the fewest in flight. A request that waits for a connection was not started: cancelling drops it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from cachefs.errors import CachefsError, TransientError
+from cachefs.nbd.connection import Connection, ConnectionLost, Ledger
+from cachefs.nbd.handshake import Export, Flag, RefusedError
+from cachefs.nbd.protocol import Request
+from cachefs.nbd.transport import LOST, Transport, reason_of
+
+log = logging.getLogger(__name__)
+
+DEPTH = 64  # requests in flight on a connection
+BACKOFF_S = 0.1
+MAX_BACKOFF_S = 5.0
+
+Dial = Callable[[], Awaitable[tuple[Transport, Export]]]
+"""Makes a transport and does the handshake. Raises: RefusedError, ProtocolError, and what transports raise."""
+
+
+def backoff(rng: Callable[[], float] = random.random) -> Iterator[float]:
+    """Seconds to wait before each try but the first: doubling, up to a limit, each shortened by chance."""
+    pause = BACKOFF_S
+    while True:
+        yield pause * (0.5 + rng() / 2)
+        pause = min(2 * pause, MAX_BACKOFF_S)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds, and a number. connect_s: for each try to connect. longest_s: for the oldest request in flight."""
+
+    connections: int = 1
+    connect_s: float = 5.0
+    longest_s: float = 60.0
+
+
+class Client:
+    """Up to `connections` connections. *dial* makes one: transport and export after the handshake."""
+
+    def __init__(
+        self,
+        name: str,
+        dial: Dial,
+        limits: Limits,
+        *,
+        patience: Callable[[], float],
+        on_lost: Callable[[str], None] = lambda reason: None,
+        check: Callable[[Request], None] = lambda request: None,
+    ) -> None:
+        self.ledger = Ledger()
+        self.trouble = "not connected yet"
+        """Why the last connection was lost or not made."""
+        self.losses = 0
+        self._name = name
+        self._dial = dial
+        self._limits = limits
+        self._patience = patience
+        self._on_lost = on_lost
+        self._check = check
+        self._connections: list[Connection] = []
+        self._changed = trio.lowlevel.ParkingLot()
+        self._is_closing = False
+
+    @property
+    def connected(self) -> int:
+        return len(self._connections)
+
+    @property
+    def in_flight(self) -> int:
+        return sum(connection.load for connection in self._connections)
+
+    @asynccontextmanager
+    async def keep_connected(self, first: Connection) -> AsyncIterator[None]:
+        """With *first* and as many more as there may be, each made anew whenever it is lost."""
+        slots = self._limits.connections if Flag.CAN_MULTI_CONN in first.export.flags else 1
+        scopes = [trio.CancelScope(shield=True) for _ in range(slots)]  # a cancelled owner still flushes when it closes
+        self._connections.append(first)
+        async with trio.open_nursery() as nursery:
+            for index, scope in enumerate(scopes):
+                nursery.start_soon(self._keep_connected, first.export, None if index else first, scope)
+            try:
+                yield
+            finally:
+                self._is_closing = True
+                for connection in [*self._connections]:
+                    await connection.disconnect()
+                for scope in scopes:
+                    scope.cancel()
+
+    async def connect(self, deadline_s: float) -> Connection:
+        """The first connection. Raises: RefusedError; TransientError when there was none within *deadline_s*."""
+        with trio.move_on_after(deadline_s):
+            for pause in backoff():
+                try:
+                    return await self._connect()
+                except TransientError:
+                    await trio.sleep(pause)
+        raise TransientError(self._name, f"no connection within {deadline_s:.0f} s: {self.trouble}")
+
+    async def _connect(self) -> Connection:
+        """Raises: TransientError; RefusedError."""
+        try:
+            with trio.fail_after(self._limits.connect_s):
+                transport, export = await self._dial()
+        except CachefsError as exc:
+            self.trouble = exc.detail
+            raise
+        except (*LOST, trio.TooSlowError) as exc:
+            self.trouble = (
+                f"no connection within {self._limits.connect_s:.1f} s"
+                if isinstance(exc, trio.TooSlowError)
+                else f"cannot connect: {reason_of(exc)}"
+            )
+            raise ConnectionLost(self._name, self.trouble) from exc
+        return Connection(
+            self._name,
+            transport,
+            export,
+            self.ledger,
+            patience=self._patience,
+            longest_s=self._limits.longest_s,
+            on_lost=self._lose,
+            on_room=self._make_room,
+            check=self._check,
+        )
+
+    async def _keep_connected(self, expected: Export, connection: Connection | None, scope: trio.CancelScope) -> None:
+        """One of the connections, until *scope* is cancelled."""
+        pauses = backoff()
+        with scope:
+            while True:
+                if connection is None and (connection := await self._reconnect(expected)) is not None:
+                    self._connections.append(connection)
+                    self._changed.unpark_all()
+                    if self.losses:
+                        log.info("%s: connected again", self._name)
+                if connection is not None:
+                    await connection.run()
+                    if connection.was_useful:
+                        pauses = backoff()
+                    connection = None
+                await trio.sleep(next(pauses))
+
+    async def _reconnect(self, expected: Export) -> Connection | None:
+        try:
+            connection = await self._connect()
+        except (TransientError, RefusedError) as exc:  # an export may be away while its server starts
+            log.debug("%s: %s", self._name, exc.detail)
+            return None
+        if not _is_same(connection.export, expected):
+            self.trouble = (
+                f"the export is another one now ({connection.export.size} bytes, it had {expected.size}): mount it anew"
+            )
+            connection.drop(self.trouble)
+            return None
+        return connection
+
+    def _make_room(self) -> None:
+        self._changed.unpark()
+
+    def _lose(self, connection: Connection) -> None:
+        if connection not in self._connections:
+            return
+        self._connections.remove(connection)
+        if self._is_closing or connection.lost is None:
+            return
+        self.losses += 1
+        self.trouble = connection.lost.detail
+        log.warning("%s: connection lost, making a new one: %s", self._name, self.trouble)
+        self._on_lost(self.trouble)
+
+    async def ask(self, request: Request, data: memoryview | None = None, *, give_up: bool = True) -> None:
+        """As `Connection.ask`, on the connection with the fewest requests; waits for one as long as there is none."""
+        while True:
+            connection = min(self._connections, key=lambda one: one.load, default=None)
+            if connection is not None and connection.load < DEPTH:
+                break
+            await self._changed.park()
+        await connection.ask(request, data, give_up=give_up)
+
+
+def _is_same(export: Export, expected: Export) -> bool:
+    """Whether what was promised upwards at open holds for *export* too."""
+    kept = Flag.READ_ONLY | Flag.SEND_FLUSH | Flag.SEND_WRITE_ZEROES
+    return (
+        export.size == expected.size
+        and export.flags & kept == expected.flags & kept
+        and export.minimum <= expected.minimum
+        and export.maximum >= expected.maximum
+    )
