@@ -84,7 +84,7 @@ class PoolKeys(Options):
     evict: Literal["sieve", "never"] = "sieve"
     """What happens when the quota is reached: what is used least makes room, or nothing more is kept."""
     block_size: BlockSize = 64 << 10
-    """Unit of fetching and keeping: a power of two from 4KiB to 1MiB. Fixed while the pool holds something."""
+    """Unit of fetching and keeping: a power of two from 4KiB to 1MiB. To change it empties the pool."""
     cache_timeout: Annotated[Duration, Field(ge=0.05, le=60)] = 1.0
     """How long the pool's file system may take for an answer before disks are served without it."""
 

@@ -525,7 +525,7 @@ def _prepare(path: Path, name: str, evict: str) -> StoreLock:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         mark = path / "pool"
         if not mark.exists() or not mark.stat().st_size:  # empty: made when the power was cut
-            if any(entry != mark for entry in path.iterdir()):
+            if any(entry != mark and entry.name != "lost+found" for entry in path.iterdir()):
                 raise StoreError(
                     str(path),
                     "is no pool, and not empty: name a directory of its own for the pool, which may be missing",
@@ -585,10 +585,10 @@ def _can_punch(path: Path) -> bool:
     """Whether a punched range comes back as space. A file system that is too full to try is believed to be able to."""
     descriptor = os.open(path / "punch-test", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        os.pwrite(descriptor, b"\1" * (256 << 10), 0)
+        os.pwrite(descriptor, b"\1" * (128 << 10), 0)
         os.fsync(descriptor)
         before = os.fstat(descriptor).st_blocks
-        fallocate(descriptor, PUNCH_HOLE | KEEP_SIZE, 64 << 10, 128 << 10)
+        fallocate(descriptor, PUNCH_HOLE | KEEP_SIZE, 32 << 10, 64 << 10)
         os.fsync(descriptor)
         return os.fstat(descriptor).st_blocks < before
     except OSError as exc:

@@ -418,6 +418,11 @@ async def test_directory_that_is_no_pool_is_refused_and_left_alone(bench: CacheB
     assert [path.name for path in bench.pool_path.iterdir()] == ["precious"]
 
 
+async def test_pool_may_be_the_root_of_a_file_system_of_its_own(bench: CacheBench) -> None:
+    (bench.pool_path / "lost+found").mkdir(parents=True)
+    assert (await look(bench))["below"] >= SIZE
+
+
 async def test_pool_whose_making_was_interrupted_is_made(bench: CacheBench) -> None:
     bench.pool_path.mkdir(parents=True)
     (bench.pool_path / "pool").touch()
