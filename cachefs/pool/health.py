@@ -45,9 +45,11 @@ class Health:
         self._retry_at = now + self._pause_s
         return news
 
-    def succeed(self) -> bool:
-        """It worked. True: it did not before."""
+    def succeed(self, began: float) -> bool:
+        """What *began* then worked. True: it did not before. What began before it may be tried again says nothing."""
         news = bool(self.reason)
+        if news and began < self._retry_at:
+            return False
         self.reason = ""
         self._is_tried = False
         return news

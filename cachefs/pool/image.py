@@ -182,6 +182,7 @@ class PoolImage:
 
         A block that disagrees with its checksum is SPOILED then, and None is returned.
         """
+        began = trio.current_time()
         buffer = bytearray(self.length_of(start, end))
         suspects = [(block, self.map.entry(block)) for block in range(start, end) if not self.map.ready[block]]
         with trio.move_on_after(self.pool.patience_s) as patience:
@@ -206,7 +207,7 @@ class PoolImage:
             return None
         if self.is_leaving:
             return None
-        self._recovered(self.reading)
+        self._recovered(self.reading, began)
         for block, entry in suspects:
             if self.map.state(block) is not State.DATA or self.map.entry(block) != entry:
                 continue  # evicted, or installed anew meanwhile
@@ -362,6 +363,7 @@ class PoolImage:
             if block in fresh:
                 self.map.set_spoiled(block)
             self.pins[block] += 1
+        began = trio.current_time()
         entries: list[int] = []
         try:
             entries = await self.work(self._store_now, flight, wanted, fresh)
@@ -374,7 +376,7 @@ class PoolImage:
                 del self.pins[block]  # it was nobody else's, and nobody pins what is SPOILED
                 if block in fresh and not self.is_closed and not (block in zeros and self.flights.get(block) is flight):
                     self.pool.insert(self, block, flight)
-        self._recovered(self.writing)
+        self._recovered(self.writing, began)
         for block, entry in zip(wanted, entries, strict=True):
             if self.flights.get(block) is not flight:
                 continue  # changed from above meanwhile: it stays SPOILED
@@ -519,8 +521,8 @@ class PoolImage:
         if health.fail(reason, trio.current_time()):
             log.warning("%s: %s the cache failed: %s; served from below for now", self.path, health.what, reason)
 
-    def _recovered(self, health: Health) -> None:
-        if health.succeed():
+    def _recovered(self, health: Health, began: float) -> None:
+        if health.succeed(began):
             log.info("%s: %s the cache works again", self.path, health.what)
 
     async def try_reading(self) -> None:
@@ -528,7 +530,7 @@ class PoolImage:
         held = (block for run in self.map.held_runs() for block in range(*run))
         block = next((block for block in held if self.map.state(block) is State.DATA), None)
         if block is None:
-            self._recovered(self.reading)
+            self._recovered(self.reading, trio.current_time())
             return
         with self.pinned(block, block + 1):
             await self.read(block, block + 1)

@@ -37,9 +37,18 @@ def test_pause_doubles_with_each_try_that_fails_up_to_the_longest(health: Health
 def test_only_the_first_failure_is_news(health: Health) -> None:
     assert health.fail("full", 0)
     assert not health.fail("full", 5)
-    assert health.succeed()
-    assert not health.succeed()
-    assert health.fail("full", 6)
+    assert health.succeed(7)
+    assert not health.succeed(7)
+    assert health.fail("full", 8)
+
+
+def test_success_of_a_call_that_began_before_the_pause_was_over_says_nothing(health: Health) -> None:
+    health.fail("full", 5)
+    assert not health.succeed(4.9)
+    assert not health.succeed(5.5)
+    assert not health.works
+    assert health.succeed(5 + FIRST_PAUSE_S)
+    assert health.works
 
 
 def test_calls_that_were_under_way_when_it_failed_make_no_pause_longer(health: Health) -> None:
@@ -53,10 +62,10 @@ def test_calls_that_were_under_way_when_it_failed_make_no_pause_longer(health: H
 def test_success_begins_the_pauses_anew(health: Health) -> None:
     for now in (0, 2, 6, 12):
         health.fail("full", now)
-    health.succeed()
-    assert health.may_try(12)
-    health.fail("full", 13)
-    assert health.may_try(13 + FIRST_PAUSE_S)
+    health.succeed(20)
+    assert health.may_try(20)
+    health.fail("full", 21)
+    assert health.may_try(21 + FIRST_PAUSE_S)
 
 
 def test_one_try_at_a_time(health: Health) -> None:
@@ -67,5 +76,5 @@ def test_one_try_at_a_time(health: Health) -> None:
     health.fail("hung", 100)
     assert health.may_try(102)
     health.begin_try()
-    assert health.succeed()
+    assert health.succeed(102)
     assert health.may_try(102)
