@@ -11,23 +11,23 @@ import pytest
 from cachefs.backends import BACKENDS
 from cachefs.layers import LAYERS
 from cachefs.testing.conformance import LayerContract
-from cachefs.testing.stacks import cases
+from cachefs.testing.stacks import Case, cases
 
 CASES = cases(Path(__file__).parents[2] / "config.example.yaml")
 
 
-IN_THE_INNER_LOOP = {"cow", "cache-small", "align512"}
-"""Cases whose slow path is also tested with --fast."""
+SLOW_PATHS_IN_THE_INNER_LOOP = {"cow", "cache-small", "align512"}
 
 
 def _parameters() -> list[object]:
-    """Every case; where the fast path is forbidden most are left to the whole run."""
-    return [
-        pytest.param(
-            case, id=str(case), marks=pytest.mark.slow if case.slow and case.name not in IN_THE_INNER_LOOP else ()
-        )
-        for case in CASES
-    ]
+    """Every case. What --fast leaves to the whole run is marked: most slow paths, servers, disks, the example."""
+
+    def is_left(case: Case) -> bool:
+        if case.slow and case.name not in SLOW_PATHS_IN_THE_INNER_LOOP:
+            return True
+        return case.backend == "nbd" or case.on_disk or case.name.startswith("example-")
+
+    return [pytest.param(case, id=str(case), marks=pytest.mark.slow if is_left(case) else ()) for case in CASES]
 
 
 @pytest.mark.parametrize("case", _parameters())
