@@ -643,9 +643,5 @@ class PoolImage:
             "bypass": "; ".join(f"{health.what}: {health.reason}" for health in broken) or "no",
         }
 
-    def disk_bytes(self) -> int:
-        """What the image takes of its file system, in its two large files."""
-        return self.data.allocated_bytes() + self.map_file.allocated_bytes()
-
 
 __all__ = ["Flight", "PoolImage"]

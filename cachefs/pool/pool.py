@@ -237,11 +237,6 @@ class Pool:
         """Whether there is room for a block, or can be made."""
         return self._backlog < BACKLOG_BYTES and (self.evicts or self.account.free >= self.block_size + PAGE_SIZE)
 
-    def take_pages(self, image: PoolImage, start: int, end: int) -> bool:
-        """Room for what the map will say of these blocks, which need no room themselves."""
-        pages = image.map.new_pages(start, end)
-        return not pages or self.account.take(pages * PAGE_SIZE)
-
     def insert(self, image: PoolImage, block: int, flight: Flight) -> None:
         """The block has room now."""
         self.policy.insert(
