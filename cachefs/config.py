@@ -89,11 +89,12 @@ class DiskSpec:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole file. file, state_dir: absolute. poll: seconds, 0 is off."""
+    """The whole file. file, state_dir: absolute. poll: seconds, 0 is off. spill: bytes."""
 
     file: Path
     state_dir: Path
     poll: float
+    spill: int
     pools: Mapping[str, PoolSpec]
     images: Mapping[str, ImageSpec]
     disks: Mapping[str, DiskSpec]
@@ -125,7 +126,7 @@ def load(path: Path) -> Config:
     _check_caches(document, found_images, found_disks)
     document.raise_problems()
     assert keys is not None  # or there was a problem
-    return Config(path.absolute(), keys.state_dir, keys.poll, found_pools, found_images, found_disks)
+    return Config(path.absolute(), keys.state_dir, keys.poll, keys.spill, found_pools, found_images, found_disks)
 
 
 AnyKeys = TypeVar("AnyKeys", bound=Options)

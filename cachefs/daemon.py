@@ -50,7 +50,8 @@ class Daemon:
         self._mountpoint = mountpoint
         self._boundary = Boundary()
         self._started = time.time()
-        self._draining = self._forced = False
+        self._draining = False
+        self._forced_stop = trio.Event()
         self._longest_lag_s = 0.0
         self._dataplane: Dataplane
         self._pools: list[Pool] = []
@@ -63,19 +64,15 @@ class Daemon:
         _become_io_flusher()
         refuse_inside(self._mountpoint, self._config.state_dir)  # before anything is made in there
         self._config.state_dir.mkdir(parents=True, exist_ok=True)
-        async with open_disks(self._config, self._mountpoint) as (disks, pools):
+        async with open_disks(self._config, self._mountpoint, self._forced_stop) as (disks, pools):
             self._pools = pools
             # The receiver before the mount: a signal in between would leave a dead one.
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT) as signals:
                 await self._mount_and_serve(disks, ready, signals)
-        failed = ", ".join(disk.name for disk in disks if disk.top.pending_error() is not None)
+            self._cut_short_by_signals()
+        failed = [f"{disk.name}, which failed: {error}" for disk in disks if (error := disk.top.pending_error())]
         if failed:
-            log.error(
-                "unmounted %s; every disk is closed, and flushed but for %s, which failed (`cachefs overlay clear-failed` "
-                "says why)",
-                self._mountpoint,
-                failed,
-            )
+            log.error("unmounted %s; every disk is closed, and flushed but for %s", self._mountpoint, "; ".join(failed))
         else:
             log.info("unmounted %s; every disk is flushed and closed", self._mountpoint)
 
@@ -96,7 +93,7 @@ class Daemon:
         directory = namespace.Namespace(disks, self._boundary, str(self._config.state_dir), self.status)
         flags = {disk.inode: _open_flags(disk) for disk in disks}
         channel: Channel | None = None
-        spill = Spill(self._config.state_dir)
+        spill = Spill(self._config.state_dir, self._config.spill)
         try:
             async with trio.open_nursery() as services:
                 try:
@@ -162,16 +159,25 @@ class Daemon:
             await trio.sleep(DRAIN_LOOK_S)
 
     def _force(self, everything: trio.CancelScope, requests: trio.CancelScope) -> None:
-        if self._forced:
+        if self._forced_stop.is_set():
             return
-        self._forced = True
         log.warning("forced stop of %s: requests that wait get EIO", self._mountpoint)
-        # A thread stuck in the kernel would keep us for ever.
+        self._end_by_force()
+        requests.cancel()
+        everything.cancel()
+
+    def _cut_short_by_signals(self) -> None:
+        """The mount is gone, and stores are being flushed: a store that hangs now is given up at the next signal."""
+        token = trio.lowlevel.current_trio_token()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, lambda *_: token.run_sync_soon(self._end_by_force))
+
+    def _end_by_force(self) -> None:
+        """Whatever waits for a store gives up; a thread stuck in the kernel is left behind."""
         timer = threading.Timer(FORCE_GRACE_S, _leave)
         timer.daemon = True
         timer.start()
-        requests.cancel()
-        everything.cancel()
+        self._forced_stop.set()
 
     # ---- figures
 

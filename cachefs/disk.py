@@ -10,6 +10,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import trio
+
 from cachefs.config import Config, DiskSpec, LayerSpec
 from cachefs.errors import StoreError
 from cachefs.graph import open_stack, refuse_inside
@@ -65,14 +67,19 @@ class Disk:
 
 
 @asynccontextmanager
-async def open_disks(config: Config, mountpoint: Path | None) -> AsyncIterator[tuple[list[Disk], list[Pool]]]:
+async def open_disks(
+    config: Config, mountpoint: Path | None, forced_stop: trio.Event | None = None
+) -> AsyncIterator[tuple[list[Disk], list[Pool]]]:
     """Every disk of *config*, open, and the pools that they use. On exit all are flushed and closed, the last one first.
 
-    mountpoint: where they will be served, if they will: no store may lie in there.
+    mountpoint: where they will be served, if they will: no store may lie in there. forced_stop: set when what hangs is
+    not to be waited for any more.
     Raises: StoreError with one line for every disk or image that cannot be opened.
     """
     async with AsyncExitStack() as stack:
         problems: list[str] = []
+        if forced_stop is None:
+            forced_stop = trio.Event()
         pools = await _open_pools(stack, config, mountpoint, problems)
         images: dict[str, Layer] = {}
         disks: list[Disk] = []
@@ -80,7 +87,7 @@ async def open_disks(config: Config, mountpoint: Path | None) -> AsyncIterator[t
         for name, image in config.images.items():
             if name not in used:
                 continue
-            env = Environment(name, config.state_dir, writable=False, pools=pools)
+            env = Environment(name, config.state_dir, writable=False, pools=pools, forced_stop=forced_stop)
             if not _has_pools(image.layers, pools):
                 continue
             try:
@@ -95,7 +102,10 @@ async def open_disks(config: Config, mountpoint: Path | None) -> AsyncIterator[t
                 continue
             try:
                 refuse_inside(mountpoint, config.state_dir, *spec.layers, *((spec.backend,) if spec.backend else ()))
-                disks.append(await _open_disk(stack, spec, images, pools, config, FIRST_INODE + len(disks)))
+                env = Environment(
+                    spec.name, config.state_dir, writable=spec.writable, pools=pools, forced_stop=forced_stop
+                )
+                disks.append(await _open_disk(stack, spec, images, env, FIRST_INODE + len(disks)))
             except StoreError as exc:
                 problems.append(str(exc))
         if problems:
@@ -146,13 +156,11 @@ async def _open_disk(
     stack: AsyncExitStack,
     spec: DiskSpec,
     images: dict[str, Layer],
-    pools: dict[str, Pool],
-    config: Config,
+    env: Environment,
     inode: int,
 ) -> Disk:
     bottom = images[spec.image] if spec.image is not None else spec.backend
     assert bottom is not None
-    env = Environment(spec.name, config.state_dir, writable=spec.writable, pools=pools)
     top = await open_stack(stack, spec.layers, bottom, env)
     return Disk(
         name=spec.name,

@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 BUFFERS_PER_DISK = 64  # of 1 MiB
 REQUESTS_PER_DISK = 4096
-QUEUE_BYTES = 1 << 30
+QUEUE_BYTES = 4 << 30
 HEADER_BYTES = 512  # what a queued request costs beside its data
 
 Queued = TypeVar("Queued")

@@ -64,6 +64,8 @@ class FileKeys(Options):
     """Directory for what belongs to the disks: overlays without a path of their own, and state of the daemon."""
     poll: Annotated[Duration, Field(le=0.001)] = 50e-6
     """How long the daemon polls for the next request before it sleeps, at most 1ms; 0 switches polling off."""
+    spill: Annotated[Size, Field(ge=64 << 20)] = 4 << 30
+    """Most bytes of writes that may wait for stores that hang, of all disks; beyond 64MiB they lie in the state_dir."""
     pools: Any = None
     """Directories for caches, by name; each has one quota that all images in it share."""
     images: Any = None

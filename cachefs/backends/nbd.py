@@ -2,16 +2,12 @@
 
 What fails, and what then:
 - A connection that is lost, or silent for `timeout`, is made anew, for as long as the disk is open. Reads and questions for
-  extents that were on it are asked again until `deadline`; then they fail (BackendTimeout) and nothing else does.
-- A write, trim or zero that was on it fails with EIO. It is not sent again: the first copy may still be on its way, and
-  land after a later write of the same bytes that was acknowledged.
-- A server may lose what it acknowledged and was not asked to flush. So when a connection is lost, or a flush fails, while it
-  may hold such a change, the disk has *failed*: writes are refused, every flush fails, `pending_error` says why; reads go
-  on. That lasts until it is mounted anew.
-- So while such changes are about, a silent server is given not `timeout` but `deadline`: a connection that comes back to
-  life costs nothing.
+  extents that were on it are asked again until `deadline`, then `on_failure` decides (`cachefs.insistence`).
+- Changes that were on it, and those that were acknowledged and not flushed, are kept and sent again, behind a fence where
+  that is needed (`cachefs.nbd.recovery`). So nothing that was acknowledged is lost with a server, and no error stays.
+- While a change is under way, giving up a connection costs a fence: then a silent server is given half of it.
 
-State: `_failed`, set once. Concurrency: none of its own; a server orders overlapping requests as it likes.
+Concurrency: none of its own; a server orders overlapping requests as it likes.
 Trims are WRITE_ZEROES that may make holes, zeros WRITE_ZEROES with NO_HOLE; NBD_CMD_TRIM guarantees nothing and is never used.
 """
 
@@ -22,48 +18,35 @@ import hashlib
 import logging
 import os
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Annotated
 
 import pydantic
 import trio
 
-from cachefs.errors import (
-    BackendError,
-    BackendTimeout,
-    CachefsError,
-    NoSpaceError,
-    PermanentError,
-    ReadOnlyError,
-    StoreError,
-    TransientError,
-)
+from cachefs.backends.remote import RemoteConfig
+from cachefs.errors import BackendError, CachefsError, NoSpaceError, PermanentError, StoreError, TransientError
 from cachefs.extent import Extent, ExtentKind
 from cachefs.layers.base import MAX_IO, Caps, Done, Environment, Geometry, Options, Statistics
 from cachefs.nbd.address import parse_uri
-from cachefs.nbd.client import Client, Dial, Limits, backoff
-from cachefs.nbd.connection import ConnectionLost
+from cachefs.nbd.client import Client, Dial, Limits
 from cachefs.nbd.dial import dialer, tls_context
 from cachefs.nbd.handshake import Export, Flag, RefusedError
-from cachefs.nbd.protocol import CHANGES, MAX_STATUS_LENGTH, NO_HOLE, Command, Request
+from cachefs.nbd.protocol import MAX_STATUS_LENGTH, TRANSIENT_ERRORS, Command, Request
+from cachefs.nbd.recovery import Recovery
+from cachefs.nbd.unflushed import Kind, Unflushed, body_size
 from cachefs.store.identity import SAMPLE_SIZE, SAMPLES, Identity
-from cachefs.units import Duration, LocalPath, align_down, align_up
+from cachefs.survivor import SurvivorMemory
+from cachefs.units import Duration, LocalPath, Size, align_down, align_up
 
 log = logging.getLogger(__name__)
 
 _MAX_ZERO = 32 << 20  # bytes of one WRITE_ZEROES: a server without a fast way writes them
-_NO_MEMORY, _SHUTTING_DOWN = 12, 108
-_TRANSIENT = {_NO_MEMORY: "it is out of memory", _SHUTTING_DOWN: "it is shutting down"}
-_SENTENCES = {
-    1: "it does not permit that",
-    5: "input/output error",
-    22: "it calls the request invalid",
-    28: "no space left",
-    75: "the request is too long for it",
-    95: "it does not support that",
-}
+_FORCED_S = 0.5  # for what is under way when a stop is forced
+_MEMORY_LAYOUT = 1
 
 
 def _check_uri(uri: str) -> str:
@@ -80,17 +63,15 @@ class TlsConfig(Options):
     """Its key, PEM. Default: it stands in the file `cert`."""
 
 
-class NbdConfig(Options):
+class NbdConfig(RemoteConfig):
     uri: Annotated[str, pydantic.AfterValidator(_check_uri)]
     """nbd://host/export, nbds://host/export (TLS) or nbd+unix:///export?socket=/path. Default port: 10809."""
     connections: Annotated[int, pydantic.Field(ge=1, le=16)] = 4
     """How many connections are made to a server that allows several; one to any other."""
-    connect_timeout: Annotated[Duration, pydantic.Field(ge=0.05, le=600)] = 5.0
-    """How long one try to connect may take."""
-    timeout: Annotated[Duration, pydantic.Field(ge=0.05, le=600)] = 5.0
-    """How long the server may be silent while reads wait; then the connection is made anew."""
-    deadline: Annotated[Duration, pydantic.Field(ge=0.05, le=3600)] = 60.0
-    """How long a request may take, tries and reconnections included, before it fails."""
+    fence: Annotated[Duration, pydantic.Field(ge=0, le=3600)] = 30.0
+    """How long after a lost connection something that was sent over it may still reach the disk."""
+    unflushed: Annotated[Size, pydantic.Field(ge=4 << 20, le=16 << 30)] = 64 << 20
+    """Memory for changes that the server may lose, as no flush has made them durable; when it is full, one does."""
     tls: TlsConfig | None = None
     """Certificates for nbds://."""
 
@@ -114,13 +95,20 @@ class Nbd:
         self.name = name
         self._address = parse_uri(config.uri)
         self._uri = config.uri
-        self._deadline_s = config.deadline
         self._timeout_s = config.timeout
-        self._failed: PermanentError | None = None
-        self._retries = 0
-        limits = Limits(config.connections, config.connect_timeout, config.deadline)
-        self._client = Client(name, dial, limits, patience=self._patience, on_lost=self._on_lost, check=self._check)
-        self._ledger = self._client.ledger
+        self._fence_s = config.fence
+        self._risky_timeout_s = max(config.timeout, config.fence / 2)
+        self._insistence = config.insistence(name, self._trouble)
+        self._client = Client(
+            name,
+            dial,
+            Limits(config.connections, config.connect_timeout, config.deadline),
+            patience=self._patience,
+            breaker=self._insistence.breaker,
+            on_lost=lambda reason: self._recovery.lost(reason),
+            check=lambda request: self._recovery.check(request),
+        )
+        self._recovery: Recovery
 
     @classmethod
     @asynccontextmanager
@@ -136,29 +124,53 @@ class Nbd:
             first = await backend._client.connect(config.deadline)
         except (TransientError, RefusedError) as exc:
             raise StoreError(name, f"cannot open {backend._address}: {exc.detail}") from exc
-        async with backend._client.keep_connected(first):
-            try:
-                await backend._begin(first.export, writable=env.writable)
-            except StoreError as exc:
-                problem = exc
-            else:
+        with _memory(config, env) as unflushed:
+            recovery = backend._recover(unflushed, first.export)
+            beside = (recovery.run, partial(backend._stop_when_forced, env.forced_stop))
+            async with backend._client.keep_connected(first, beside):
                 try:
-                    yield backend
-                finally:
-                    problem = await backend._flush_at_last()
+                    await backend._begin(first.export, writable=env.writable)
+                except StoreError as exc:
+                    problem = exc
+                else:
+                    try:
+                        yield backend
+                    finally:
+                        problem = await backend._flush_at_last(env.forced_stop)
         if problem is not None:
             raise problem
 
-    async def _flush_at_last(self) -> BackendError | None:
-        """What the last flush failed with, unless that was known before."""
-        if self._failed is None:
-            with trio.CancelScope(shield=True):
+    def _recover(self, unflushed: Unflushed, export: Export) -> Recovery:
+        flushes, fua = Flag.SEND_FLUSH in export.flags, Flag.SEND_FUA in export.flags
+        self._recovery = Recovery(self.name, unflushed, self._client, self._fence, flushes=flushes, fua=fua)
+        return self._recovery
+
+    async def _stop_when_forced(self, forced_stop: trio.Event) -> None:
+        await forced_stop.wait()
+        await trio.sleep(_FORCED_S)
+        self._client.drop_all("the stop was forced")
+
+    async def _flush_at_last(self, forced_stop: trio.Event) -> BackendError | None:
+        """What the last flush failed with."""
+
+        async def give_up_when_forced() -> None:
+            await forced_stop.wait()
+            scope.deadline = trio.current_time() + _FORCED_S
+
+        error: BackendError | None = None
+        with trio.CancelScope(shield=True) as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(give_up_when_forced)
                 try:
                     await self.flush()
                 except BackendError as exc:
-                    log.error("%s: the last flush failed: %s", self.name, exc.detail)
-                    return exc
-        return None
+                    error = exc
+                nursery.cancel_scope.cancel()
+        if scope.cancelled_caught:
+            error = TransientError(self.name, f"the last flush was given up: {self._client.trouble}")
+        if error is not None:
+            log.error("%s: the last flush failed: %s", self.name, error.detail)
+        return error
 
     async def _begin(self, export: Export, *, writable: bool) -> None:
         """Raises: StoreError."""
@@ -179,7 +191,7 @@ class Nbd:
             self.caps |= Caps.WRITE
             if Flag.SEND_WRITE_ZEROES in export.flags:
                 self.caps |= Caps.TRIM | Caps.ZERO
-            if Flag.SEND_FLUSH not in export.flags:
+            if not export.flags & (Flag.SEND_FLUSH | Flag.SEND_FUA):
                 log.warning(
                     "%s: the server offers no flush: what it acknowledges has to be durable as it is", self.name
                 )
@@ -205,74 +217,33 @@ class Nbd:
     # ---- failure
 
     def _patience(self) -> float:
-        return self._deadline_s if self._ledger.is_unflushed else self._timeout_s
+        """Seconds that the server may be silent while requests wait."""
+        return self._risky_timeout_s if self._recovery.is_risky else self._timeout_s
 
-    def _on_lost(self, reason: str) -> None:
-        if self._ledger.is_unflushed:
-            self._fail(f"the connection was lost ({reason})")
+    async def _fence(self, lost_at: float) -> None:
+        """Of a server that others started: what was under way has arrived by then, or never will."""
+        await trio.sleep_until(lost_at + self._fence_s)
 
-    def _fail(self, why: str) -> PermanentError:
-        if self._failed is None:
-            self._failed = PermanentError(
-                self.name,
-                f"{why} while the server held writes that were not flushed: they may be lost; the disk is read-only until "
-                "it is mounted anew",
-            )
-            log.error("%s: %s", self.name, self._failed.detail)
-        return self._failed
+    def _trouble(self) -> str:
+        return self._client.trouble
 
-    def _check(self, request: Request) -> None:
-        """A change that has waited for a connection is not sent any more when the disk has failed meanwhile."""
-        if request.command in CHANGES:
-            self._check_writable()
+    def _refusal(self, request: Request, what: str) -> CachefsError:
+        detail = f"{what}: the server says: {request.reason}"
+        if request.error in TRANSIENT_ERRORS:
+            return TransientError(self.name, detail)
+        if request.error == errno.ENOSPC:
+            return NoSpaceError(self.name, detail)
+        return PermanentError(self.name, detail)
 
-    def _check_writable(self) -> None:
-        if self._failed is not None:
-            raise ReadOnlyError(self.name, f"read-only since an earlier error: {self._failed.detail}")
+    async def _change(self, kind: Kind, offset: int, length: int, data: memoryview | None = None) -> None:
+        what = f"{kind.name.lower()} {offset}+{length}"
 
-    async def _ask_until_deadline(self, make: Callable[[], Request], what: str) -> Request:
-        """The answered request; asked again, made anew each time, after anything that may go away by itself."""
-        last = ""
-        with trio.move_on_after(self._deadline_s):
-            for pause in backoff():
-                request = make()
-                try:
-                    await self._client.ask(request)
-                    if request.error not in _TRANSIENT:
-                        return request
-                    last = _TRANSIENT[request.error]
-                except ConnectionLost as exc:
-                    last = exc.detail
-                self._retries += 1
-                await trio.sleep(pause)
-        raise BackendTimeout(
-            self.name, f"{what}: not answered within {self._deadline_s:.0f} s: {last or self._client.trouble}"
-        )
+        async def attempt() -> None:
+            request = await self._recovery.change(kind, offset, length, data)
+            if request.error:
+                raise self._refusal(request, what)
 
-    async def _change(self, request: Request, what: str, data: memoryview | None = None) -> None:
-        """Sent once. Until its first byte is sent it may be cancelled; then it runs to its end."""
-        self._check_writable()
-        with trio.move_on_after(self._deadline_s) as scope:
-            try:
-                await self._client.ask(request, data, give_up=False)
-            except ConnectionLost as exc:
-                raise PermanentError(
-                    self.name, f"{what}: {exc.detail}; it may or may not have been done, and is not sent again"
-                ) from exc
-        if scope.cancelled_caught:
-            raise BackendTimeout(
-                self.name, f"{what}: no connection within {self._deadline_s:.0f} s: {self._client.trouble}"
-            )
-        self._raise_error(request, what)
-
-    def _raise_error(self, request: Request, what: str) -> None:
-        if not request.error:
-            return
-        why = _SENTENCES.get(request.error) or _TRANSIENT.get(request.error) or f"error {request.error}"
-        detail = f"{what}: the server says: {why}" + (f" ({request.message})" if request.message else "")
-        if request.error == errno.ENOSPC and request.command in CHANGES:
-            raise NoSpaceError(self.name, detail)
-        raise PermanentError(self.name, detail)
+        await self._insistence.insist(attempt, what)
 
     # ---- the operations
 
@@ -283,60 +254,55 @@ class Nbd:
         return False
 
     def try_flush(self, done: Done) -> bool:
-        if self._failed is None and self._ledger.is_unflushed:
+        if not self._recovery.is_flushed:
             return False
-        done(self._failed)
+        done(None)
         return True
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
-        length = len(buffer)
-        what = f"read {offset}+{length}"
-        answered = await self._ask_until_deadline(partial(Request, Command.READ, offset, length, buffer=buffer), what)
-        self._raise_error(answered, what)
+        what = f"read {offset}+{len(buffer)}"
+
+        async def attempt() -> None:
+            request = Request(Command.READ, offset, len(buffer), buffer=buffer)
+            await self._recovery.ask(request)
+            if request.error:
+                raise self._refusal(request, what)
+
+        await self._insistence.insist(attempt, what)
 
     async def write(self, offset: int, data: memoryview) -> None:
-        length = len(data)
-        await self._change(Request(Command.WRITE, offset, length), f"write {offset}+{length}", data)
+        await self._change(Kind.WRITE, offset, len(data), data)
 
     async def flush(self) -> None:
-        if self._failed is not None:
-            raise self._failed
-        if not self._ledger.is_unflushed:
-            return
-        answered = self._ledger.answered
-        if Flag.SEND_FLUSH in self._export.flags:
-            request = Request(Command.FLUSH)
-            try:
-                with trio.move_on_after(self._deadline_s) as scope:
-                    await self._client.ask(request, give_up=False)
-                self._raise_error(request, "flush")
-            except (ConnectionLost, PermanentError) as exc:
-                # a server that could not write may have dropped what it had, as a kernel does
-                raise self._fail(exc.detail) from exc
-            if scope.cancelled_caught:
-                raise self._fail(f"no flush was sent within {self._deadline_s:.0f} s")
-        if self._failed is not None:  # another connection was lost meanwhile
-            raise self._failed
-        self._ledger.flush(answered)
+        try:
+            await self._insistence.insist(self._recovery.flush, "flush")
+        except BackendError as exc:
+            self._recovery.note(exc)
+            raise
 
     async def trim(self, offset: int, length: int) -> None:
-        await self._write_zeroes(offset, length, 0)
+        await self._write_zeroes(Kind.TRIM, offset, length)
 
     async def zero(self, offset: int, length: int) -> None:
-        await self._write_zeroes(offset, length, NO_HOLE)
+        await self._write_zeroes(Kind.ZERO, offset, length)
 
-    async def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
+    async def _write_zeroes(self, kind: Kind, offset: int, length: int) -> None:
         step = max(self._alignment, align_down(min(_MAX_ZERO, self._export.maximum), self._alignment))
         for at in range(offset, offset + length, step):
-            count = min(step, offset + length - at)
-            await self._change(Request(Command.WRITE_ZEROES, at, count, flags), f"zero {at}+{count}")
+            await self._change(kind, at, min(step, offset + length - at))
 
     async def extents(self, offset: int, length: int, limit: int = 1024) -> list[Extent]:
         start = align_down(offset, self._alignment)
         end = min(self.geometry.size, align_up(offset + length, self._alignment), start + MAX_STATUS_LENGTH)
-        answered = await self._ask_until_deadline(
-            partial(Request, Command.BLOCK_STATUS, start, end - start), f"block status {start}+{end - start}"
-        )
+
+        async def attempt() -> Request:
+            request = Request(Command.BLOCK_STATUS, start, end - start)
+            await self._recovery.ask(request)
+            if request.error in TRANSIENT_ERRORS:
+                raise self._refusal(request, "block status")
+            return request
+
+        answered = await self._insistence.insist(attempt, f"block status {start}+{end - start}")
         if answered.error or answered.extents is None:
             return [Extent(offset, min(length, end - offset), ExtentKind.DATA)]  # always true, and good enough
         clipped = [_clip(extent, offset, offset + length) for extent in answered.extents]
@@ -350,20 +316,40 @@ class Nbd:
         return self.geometry.size
 
     def pending_error(self) -> Exception | None:
-        return self._failed
+        return self._recovery.problem
 
     def statistics(self) -> Statistics:
         values: dict[str, int | float | str] = {
             "uri": self._uri,
-            "state": "failed" if self._failed else "ok" if self._client.connected else "disconnected",
+            "state": self._state(),
             "connections": self._client.connected,
             "lost_connections": self._client.losses,
-            "retries": self._retries,
+            "retries": self._insistence.retries,
             "in_flight": self._client.in_flight,
+            "unflushed_bytes": self._recovery.unflushed_bytes,
+            "resent": self._recovery.resent,
         }
         if not self._client.connected:
             values["trouble"] = self._client.trouble
         return Statistics(self.name, values)
+
+    def _state(self) -> str:
+        state = self._insistence.breaker.state(trio.current_time())
+        return state if state != "ok" or self._recovery.is_sound else "resending"
+
+
+@contextmanager
+def _memory(config: NbdConfig, env: Environment) -> Iterator[Unflushed]:
+    """Of the changes that the server may lose."""
+    if not env.writable:
+        yield Unflushed(memoryview(bytearray(body_size(0))), 0)
+        return
+    store = uuid.uuid5(uuid.NAMESPACE_URL, config.uri)
+    memory = SurvivorMemory("nbd", _MEMORY_LAYOUT, store, 0, body_size(config.unflushed))
+    try:
+        yield Unflushed(memory.body, config.unflushed)
+    finally:
+        memory.close()
 
 
 def _clip(extent: Extent, start: int, end: int) -> Extent:

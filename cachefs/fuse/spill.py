@@ -1,6 +1,6 @@
 """The data of WRITEs that wait in the queue: a part in memory, the rest in a file that has no name.
 
-A disk that hangs collects up to `cachefs.limits.QUEUE_BYTES` of writes. KEPT_BYTES of them, of all disks together, stay in
+A disk that hangs collects writes, up to `spill` bytes of all disks. KEPT_BYTES of them, of all disks together, stay in
 memory; what comes then goes to a file in the state directory, written and read by a thread, and is given back to memory
 when its turn comes. Nothing of it was acknowledged, so nothing of it has to outlive the daemon.
 
@@ -23,6 +23,7 @@ from pathlib import Path
 import trio
 
 from cachefs.errors import BackendError
+from cachefs.limits import QUEUE_BYTES
 from cachefs.store.rounds import WorkThread
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,10 @@ class Piece:
 
 
 class Spill:
-    """directory: where the file is made, once it is needed; None: everything stays in memory."""
+    """directory: where the file is made, once it is needed; None: everything stays in memory. limit: most bytes at once."""
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, limit: int = QUEUE_BYTES) -> None:
+        self.limit = limit
         self._directory = directory
         self._descriptor = -1
         self._end = 0  # of the file

@@ -94,7 +94,7 @@ class Waiting:
         self._reply = reply
         self._work = work
         self._spill = spill
-        self.admission: Admission[Request] = Admission(background)
+        self.admission: Admission[Request] = Admission(background, spill.limit)
         self.table: dict[int, Request] = {}
         self.given_up = 0
         self._refusals_said: dict[int, float] = {}

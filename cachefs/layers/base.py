@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pydantic
+import trio
 
 from cachefs.extent import Extent
 from cachefs.store.rounds import Done
@@ -96,12 +97,16 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Environment:
-    """What the graph tells a layer that opens. owner: "vm1" or the image's name; writable: may the store be changed."""
+    """What the graph tells a layer that opens. owner: "vm1" or the image's name; writable: may the store be changed.
+
+    forced_stop: set when nothing is to be waited for any more.
+    """
 
     owner: str
     state_dir: Path
     writable: bool = True
     pools: Mapping[str, Pool] = field(default_factory=dict)
+    forced_stop: trio.Event = field(default_factory=trio.Event)
 
 
 class Layer(Protocol):

@@ -7,15 +7,15 @@ request to the one with the fewest in flight. A request that waits for a connect
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
 
 from cachefs.errors import CachefsError, TransientError
-from cachefs.nbd.connection import Connection, ConnectionLost, Ledger
+from cachefs.insistence import Breaker, backoff
+from cachefs.nbd.connection import Connection, ConnectionLost
 from cachefs.nbd.handshake import Export, Flag, RefusedError
 from cachefs.nbd.protocol import Request
 from cachefs.nbd.transport import LOST, Transport, reason_of
@@ -23,19 +23,9 @@ from cachefs.nbd.transport import LOST, Transport, reason_of
 log = logging.getLogger(__name__)
 
 DEPTH = 64  # requests in flight on a connection
-BACKOFF_S = 0.1
-MAX_BACKOFF_S = 5.0
 
 Dial = Callable[[], Awaitable[tuple[Transport, Export]]]
 """Makes a transport and does the handshake. Raises: RefusedError, ProtocolError, and what transports raise."""
-
-
-def backoff(rng: Callable[[], float] = random.random) -> Iterator[float]:
-    """Seconds to wait before each try but the first: doubling, up to a limit, each shortened by chance."""
-    pause = BACKOFF_S
-    while True:
-        yield pause * (0.5 + rng() / 2)
-        pause = min(2 * pause, MAX_BACKOFF_S)
 
 
 @dataclass(frozen=True)
@@ -57,10 +47,10 @@ class Client:
         limits: Limits,
         *,
         patience: Callable[[], float],
+        breaker: Breaker,
         on_lost: Callable[[str], None] = lambda reason: None,
         check: Callable[[Request], None] = lambda request: None,
     ) -> None:
-        self.ledger = Ledger()
         self.trouble = "not connected yet"
         """Why the last connection was lost or not made."""
         self.losses = 0
@@ -68,6 +58,7 @@ class Client:
         self._dial = dial
         self._limits = limits
         self._patience = patience
+        self._breaker = breaker
         self._on_lost = on_lost
         self._check = check
         self._connections: list[Connection] = []
@@ -83,22 +74,35 @@ class Client:
         return sum(connection.load for connection in self._connections)
 
     @asynccontextmanager
-    async def keep_connected(self, first: Connection) -> AsyncIterator[None]:
-        """With *first* and as many more as there may be, each made anew whenever it is lost."""
+    async def keep_connected(
+        self, first: Connection, beside: Sequence[Callable[[], Awaitable[None]]] = ()
+    ) -> AsyncIterator[None]:
+        """With *first* and as many more as there may be, each made anew whenever it is lost.
+
+        *beside* runs as long as the connections are kept.
+        """
         slots = self._limits.connections if Flag.CAN_MULTI_CONN in first.export.flags else 1
-        scopes = [trio.CancelScope(shield=True) for _ in range(slots)]  # a cancelled owner still flushes when it closes
-        self._connections.append(first)
+        lasting = trio.CancelScope(shield=True)  # a cancelled owner still flushes when it closes
+        self._add(first)
         async with trio.open_nursery() as nursery:
-            for index, scope in enumerate(scopes):
-                nursery.start_soon(self._keep_connected, first.export, None if index else first, scope)
+            nursery.start_soon(self._run, lasting, first, slots, beside)
             try:
                 yield
             finally:
                 self._is_closing = True
                 for connection in [*self._connections]:
                     await connection.disconnect()
-                for scope in scopes:
-                    scope.cancel()
+                lasting.cancel()
+
+    async def _run(
+        self, scope: trio.CancelScope, first: Connection, slots: int, beside: Sequence[Callable[[], Awaitable[None]]]
+    ) -> None:
+        with scope:
+            async with trio.open_nursery() as nursery:
+                for index in range(slots):
+                    nursery.start_soon(self._keep_connected, first.export, None if index else first)
+                for task in beside:
+                    nursery.start_soon(task)
 
     async def connect(self, deadline_s: float) -> Connection:
         """The first connection. Raises: RefusedError; TransientError when there was none within *deadline_s*."""
@@ -129,7 +133,6 @@ class Client:
             self._name,
             transport,
             export,
-            self.ledger,
             patience=self._patience,
             longest_s=self._limits.longest_s,
             on_lost=self._lose,
@@ -137,22 +140,20 @@ class Client:
             check=self._check,
         )
 
-    async def _keep_connected(self, expected: Export, connection: Connection | None, scope: trio.CancelScope) -> None:
-        """One of the connections, until *scope* is cancelled."""
+    async def _keep_connected(self, expected: Export, connection: Connection | None) -> None:
+        """One of the connections, for ever."""
         pauses = backoff()
-        with scope:
-            while True:
-                if connection is None and (connection := await self._reconnect(expected)) is not None:
-                    self._connections.append(connection)
-                    self._changed.unpark_all()
-                    if self.losses:
-                        log.info("%s: connected again", self._name)
-                if connection is not None:
-                    await connection.run()
-                    if connection.was_useful:
-                        pauses = backoff()
-                    connection = None
-                await trio.sleep(next(pauses))
+        while True:
+            if connection is None and (connection := await self._reconnect(expected)) is not None:
+                self._add(connection)
+                if self.losses:
+                    log.info("%s: connected again", self._name)
+            if connection is not None:
+                await connection.run()
+                if connection.was_useful:
+                    pauses = backoff()
+                connection = None
+            await trio.sleep(next(pauses))
 
     async def _reconnect(self, expected: Export) -> Connection | None:
         try:
@@ -168,6 +169,23 @@ class Client:
             return None
         return connection
 
+    def _add(self, connection: Connection) -> None:
+        self._connections.append(connection)
+        self._breaker.reached()
+        self._changed.unpark_all()
+
+    def drop_all(self, reason: str) -> None:
+        """Give every connection up, so that nothing that was sent and not answered is answered any more."""
+        connections, self._connections = self._connections, []
+        for connection in connections:
+            self.losses += 1
+            connection.drop(reason)
+        self._note_absence()
+
+    def _note_absence(self) -> None:
+        if not self._connections:
+            self._breaker.lost(trio.current_time())
+
     def _make_room(self) -> None:
         self._changed.unpark()
 
@@ -175,6 +193,7 @@ class Client:
         if connection not in self._connections:
             return
         self._connections.remove(connection)
+        self._note_absence()
         if self._is_closing or connection.lost is None:
             return
         self.losses += 1

@@ -23,7 +23,7 @@ import trio
 
 from cachefs.errors import TransientError
 from cachefs.nbd.handshake import Export
-from cachefs.nbd.protocol import CHANGES, Command, ProtocolError, ReplyParser, Request
+from cachefs.nbd.protocol import Command, ProtocolError, ReplyParser, Request
 from cachefs.nbd.transport import LOST, Transport, reason_of
 
 STAGING = 64 << 10  # bytes that may be received in front of a header
@@ -32,30 +32,6 @@ DIRECT = 16 << 10  # what is left of a read's data is received into its buffer f
 
 class ConnectionLost(TransientError):
     """What was in flight on a connection was not answered; it may or may not have been done."""
-
-
-class Ledger:
-    """Counts changes of the disk, to know whether the server may hold some that no flush has made durable."""
-
-    def __init__(self) -> None:
-        self.in_flight = 0
-        self.answered = 0
-        self._flushed = 0  # that many of the answered ones
-
-    @property
-    def is_unflushed(self) -> bool:
-        return self.in_flight > 0 or self.answered > self._flushed
-
-    def start(self) -> None:
-        self.in_flight += 1
-
-    def answer(self) -> None:
-        self.in_flight -= 1
-        self.answered += 1
-
-    def flush(self, answered: int) -> None:
-        """A flush succeeded that began when *answered* had been answered."""
-        self._flushed = max(self._flushed, answered)
 
 
 class Connection:
@@ -70,7 +46,6 @@ class Connection:
         name: str,
         transport: Transport,
         export: Export,
-        ledger: Ledger,
         *,
         patience: Callable[[], float],
         longest_s: float,
@@ -84,7 +59,6 @@ class Connection:
         self._name = name
         self._transport = transport
         self._parser = ReplyParser(structured=export.structured, context=export.context)
-        self._ledger = ledger
         self._patience = patience
         self._longest_s = longest_s
         self._on_lost = on_lost
@@ -157,8 +131,6 @@ class Connection:
         self._parser.expect(request)
         self._begun[request] = trio.current_time()
         answered = self._answered[request] = trio.Event()
-        if request.command in CHANGES:
-            self._ledger.start()
         self._watch()
         return answered
 
@@ -201,8 +173,6 @@ class Connection:
         answers = parser.received(count) if self._is_direct else parser.feed(self._staging[:count])
         for request in answers:
             del self._begun[request]
-            if request.command in CHANGES:
-                self._ledger.answer()
             answered = self._answered.pop(request, None)
             if answered is not None:
                 answered.set()
@@ -222,12 +192,10 @@ class Connection:
         if self.lost is not None:
             return
         self.lost = ConnectionLost(self._name, reason)
-        self._transport.close()
+        self._transport.abort()
         self._on_lost(self)
         for request in self._begun:
             self._parser.abandon(request)
-            if request.command in CHANGES:
-                self._ledger.in_flight -= 1
         self._begun.clear()
         for answered in self._answered.values():
             answered.set()
@@ -240,4 +208,5 @@ class Connection:
             async with self._sending:
                 if self.lost is None:
                     await self._transport.send([memoryview(Request(Command.DISCONNECT, cookie=0).encode())])
+                    self._transport.close()
         self.drop("closed")

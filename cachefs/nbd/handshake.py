@@ -76,6 +76,7 @@ class Flag(enum.IntFlag):
     HAS_FLAGS = 1 << 0
     READ_ONLY = 1 << 1
     SEND_FLUSH = 1 << 2
+    SEND_FUA = 1 << 3
     SEND_WRITE_ZEROES = 1 << 6
     CAN_MULTI_CONN = 1 << 8
 

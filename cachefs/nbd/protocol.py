@@ -29,6 +29,7 @@ REQUEST_MAGIC = 0x25609513
 SIMPLE_REPLY_MAGIC = 0x67446698
 STRUCTURED_REPLY_MAGIC = 0x668E33EF
 
+FUA = 1 << 0  # of a change: durable before it is answered
 NO_HOLE = 1 << 1  # of a WRITE_ZEROES: keep the space
 
 _REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
@@ -47,6 +48,18 @@ _MAX_STATUS = 1 << 20  # of a payload: 64 MiB, sector by sector
 _MAX_FRAGMENTS = 1024  # of a read that were received and do not touch each other
 MAX_STATUS_LENGTH = 64 << 20
 """Most bytes to ask for with one BLOCK_STATUS."""
+
+_REASONS = {
+    1: "it does not permit that",
+    5: "input/output error",
+    12: "it is out of memory",
+    22: "it calls the request invalid",
+    28: "no space left",
+    75: "the request is too long for it",
+    95: "it does not support that",
+    108: "it is shutting down",
+}
+TRANSIENT_ERRORS = frozenset({12, 108})
 
 _scratch = memoryview(bytearray(64 << 10))  # written by everybody, read by nobody
 
@@ -74,7 +87,8 @@ CHANGES = frozenset({Command.WRITE, Command.WRITE_ZEROES})
 class Request:
     """A request and what was answered. buffer: of a READ, exactly *length* bytes; None when it was given up.
 
-    error: the server's, 0 is none. extents: of a BLOCK_STATUS, a prefix of its range that is not empty.
+    error: the server's, 0 is none. extents: of a BLOCK_STATUS, a prefix of its range that is not empty. token: its
+    sender's, not looked at here.
     """
 
     command: Command
@@ -89,6 +103,13 @@ class Request:
     chunks: int = 0
     fragments: list[tuple[int, int]] = field(default_factory=list)
     """Parts of a READ that have come in chunks: (start, end), sorted, none touching the next."""
+    token: object = None
+
+    @property
+    def reason(self) -> str:
+        """What the error means, for a sentence."""
+        why = _REASONS.get(self.error) or f"error {self.error}"
+        return why + (f" ({self.message})" if self.message else "")
 
     @property
     def end(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -30,6 +31,9 @@ class Transport(Protocol):
         """Send all of it, in order."""
 
     def close(self) -> None: ...
+
+    def abort(self) -> None:
+        """Close it, and see to it that the kernel sends nothing more of what it was given."""
 
 
 class Plain:
@@ -64,6 +68,10 @@ class Plain:
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
 
+    def abort(self) -> None:
+        forget_unsent(self._socket)
+        self.close()
+
 
 class Tls:
     """TLS inside *plain*, with *host* as the name in the server's certificate."""
@@ -97,12 +105,22 @@ class Tls:
     def close(self) -> None:
         self._raw.close()
 
+    def abort(self) -> None:
+        forget_unsent(self._raw)
+        self.close()
+
 
 def no_delay(connected: socket.socket) -> None:
     """Requests are small and are waited for."""
     if connected.family in (socket.AF_INET, socket.AF_INET6):
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def forget_unsent(connected: socket.socket | trio.socket.SocketType) -> None:
+    """Closing it will reset it. Else the kernel goes on sending what it holds, minutes later if the network was away."""
+    with suppress(OSError):
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def reason_of(exc: BaseException) -> str:

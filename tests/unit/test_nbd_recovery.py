@@ -1,0 +1,630 @@
+"""Changes on connections that are lost: what waits, what is sent again, when, and what a flush vouches for."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from cachefs.errors import BackendTimeout, NoSpaceError, PermanentError
+from cachefs.nbd.client import DEPTH
+from cachefs.nbd.handshake import Flag
+from cachefs.nbd.protocol import FUA, NO_HOLE
+from cachefs.nbd.unflushed import Kind, Ranges, Unflushed, body_size, next_wave, without_superseded
+from cachefs.testing.nbdscript import (
+    BLOCK_STATUS,
+    DISCONNECT,
+    EXPORT,
+    FLAGS,
+    FLUSH,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Changing,
+    Heard,
+    Network,
+    Reading,
+    Server,
+    opened,
+)
+
+pytestmark = pytest.mark.logs("connection lost, making a new one", "are to be sent again")
+
+MULTI = replace(EXPORT, flags=FLAGS | Flag.CAN_MULTI_CONN)
+
+
+@pytest.fixture
+def network() -> Network:
+    return Network()
+
+
+async def done(server: Server, operation: Any, *arguments: Any) -> Heard:
+    """*operation*, answered at once."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(operation, *arguments)
+        heard = await server.hear()
+        await server.answer(heard)
+    return heard
+
+
+def start(nursery: trio.Nursery, operation: Any, *arguments: Any) -> Changing:
+    change = Changing()
+    nursery.start_soon(change.run, operation, *arguments)
+    return change
+
+
+class Applied:
+    """A server's disk of one block, to which requests are applied as they arrive."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray(8)
+
+    def apply(self, heard: Heard) -> None:
+        assert heard.command == WRITE
+        self.bytes[heard.offset : heard.offset + heard.length] = heard.data
+
+
+# ---- the fence
+
+
+async def test_a_write_that_arrives_late_does_not_replace_a_later_one(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    """The race: a slow connection is lost, its write sent again, a later one acknowledged, then the slow one arrives."""
+    applied = Applied()
+    async with opened(network, fence="30s") as (disk, slow), trio.open_nursery() as nursery:
+        first = start(nursery, disk.write, 0, memoryview(b"11111111"))
+        late = await slow.hear()  # the server has it, and takes its time
+        lost_at = trio.current_time()
+        slow.close()
+        server = await network.accept()
+        second = start(nursery, disk.write, 0, memoryview(b"22222222"))
+
+        async def deliver_late() -> None:
+            await trio.sleep(29)
+            applied.apply(late)
+
+        nursery.start_soon(deliver_late)
+        for expected in (b"11111111", b"22222222"):
+            heard = await server.hear(limit_s=100)
+            assert heard.data == expected
+            assert trio.current_time() - lost_at >= 30
+            applied.apply(heard)
+            await server.answer(heard)
+        await wait_all_tasks_blocked()
+        assert first.is_done
+        assert second.is_done
+        assert (first.raised, second.raised) == (None, None)
+        assert applied.bytes == b"22222222"
+        await done(server, disk.flush)
+
+
+async def test_only_what_overlaps_waits_for_the_fence(network: Network, autojump_clock: MockClock) -> None:
+    async with opened(network, fence="30s") as (disk, server), trio.open_nursery() as nursery:
+        start(nursery, disk.write, 512, memoryview(bytes(512)))
+        await server.hear()
+        lost_at = trio.current_time()
+        server.close()
+        second = await network.accept()
+        overlapping = [Reading(disk, 1023, 2), Reading(disk, 0, 513)]
+        for reading in overlapping:
+            nursery.start_soon(reading.run)
+        asking = start(nursery, disk.extents, 1000, 8)
+        trimming = start(nursery, disk.trim, 0, 4096)
+        for offset, length in ((0, 512), (1024, 512)):
+            beside = Reading(disk, offset, length)
+            nursery.start_soon(beside.run)
+            heard = await second.hear()
+            assert (heard.offset, heard.length) == (offset, length)
+            await second.answer(heard, bytes(length))
+            await done(second, disk.write, offset, memoryview(bytes(length)))
+        assert trio.current_time() - lost_at < 1
+        again = await second.hear(limit_s=100)
+        assert trio.current_time() - lost_at >= 30
+        assert (again.command, again.offset, again.length) == (WRITE, 512, 512)
+        assert not any((*(reading.is_done for reading in overlapping), asking.is_done, trimming.is_done))
+        await second.answer(again)
+        behind = [await second.hear() for _ in range(4)]
+        assert sorted(one.command for one in behind) == [READ, READ, WRITE_ZEROES, BLOCK_STATUS]
+        for one in behind:
+            data = bytes(one.length) if one.command == READ else b""
+            await second.answer(one, data, error=errno.EINVAL if one.command == BLOCK_STATUS else 0)
+        await wait_all_tasks_blocked()
+        await done(second, disk.flush)
+
+
+async def test_one_whose_client_is_gone_is_not_sent_again(network: Network, autojump_clock: MockClock) -> None:
+    async with opened(network, fence="30s") as (disk, server), trio.open_nursery() as nursery:
+        change = start(nursery, disk.write, 0, memoryview(b"never"))
+        await server.hear()
+        server.close()
+        second = await network.accept()
+        change.scope.cancel()
+        await wait_all_tasks_blocked()
+        assert change.scope.cancelled_caught
+        lost_at = trio.current_time()
+        reading = Reading(disk, 0, 5)
+        nursery.start_soon(reading.run)
+        heard = await second.hear(limit_s=100)
+        assert heard.command == READ
+        assert trio.current_time() - lost_at >= 29  # it may still arrive until then
+        await second.answer(heard, b"-----")
+
+
+async def test_losses_in_which_no_copy_was_under_way_do_not_prolong_the_fence(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    async with opened(network, fence="30s") as (disk, server), trio.open_nursery() as nursery:
+        start(nursery, disk.write, 0, memoryview(b"write"))
+        await server.hear()
+        server.close()
+        lost_at = trio.current_time()
+        for _ in range(3):
+            (await network.accept()).close()
+            await trio.sleep(5)
+        (await network.accept()).close()
+        last = await network.accept()
+        heard = await last.hear(limit_s=100)
+        assert 30 <= trio.current_time() - lost_at < 36
+        await last.answer(heard)
+        await wait_all_tasks_blocked()
+        await done(last, disk.flush)
+
+
+async def test_a_second_copy_that_is_lost_is_fenced_too(network: Network, autojump_clock: MockClock) -> None:
+    async with opened(network, fence="30s") as (disk, server), trio.open_nursery():
+        await done(server, disk.write, 0, memoryview(b"write"))
+        server.close()
+        second = await network.accept()
+        assert (await second.hear()).data == b"write"  # at once: no copy was under way
+        second.close()
+        lost_at = trio.current_time()
+        third = await network.accept()
+        heard = await third.hear(limit_s=100)
+        assert trio.current_time() - lost_at >= 30
+        await third.answer(heard)
+        await done(third, disk.flush)
+
+
+async def test_a_silent_server_is_given_half_a_fence_while_a_change_is_under_way(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    async with opened(network, timeout="3s", fence="20s") as (disk, server), trio.open_nursery() as nursery:
+        change = start(nursery, disk.write, 0, memoryview(b"abcd"))
+        heard = await server.hear()
+        await trio.sleep(9)
+        await server.answer(heard)
+        await wait_all_tasks_blocked()
+        assert change.is_done
+        start(nursery, disk.write, 0, memoryview(b"efgh"))
+        began = trio.current_time()
+        await server.hear()
+        second = await network.accept()
+        assert 10 <= trio.current_time() - began < 11
+        for _ in range(2):
+            await second.answer(await second.hear(limit_s=100))
+        await done(second, disk.flush)
+
+
+# ---- what was acknowledged
+
+
+async def test_what_no_flush_vouched_for_is_sent_again_in_order(network: Network) -> None:
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        await done(server, disk.write, 0, memoryview(b"flushed"))
+        assert (await done(server, disk.flush)).command == FLUSH
+        await done(server, disk.write, 0, memoryview(b"first"))
+        await done(server, disk.trim, 0, 4096)
+        await done(server, disk.zero, 2, 4096)
+        await done(server, disk.write, 4, memoryview(b"last"))
+        server.close()
+        reading = Reading(disk, 0, 1)
+        nursery.start_soon(reading.run)
+        second = await network.accept()
+        again = []
+        for _ in range(4):
+            again.append(await second.hear())
+            await second.answer(again[-1])
+        assert [(one.command, one.flags, one.offset, one.length, one.data) for one in again] == [
+            (WRITE, 0, 0, 5, b"first"),
+            (WRITE_ZEROES, 0, 0, 4096, b""),
+            (WRITE_ZEROES, NO_HOLE, 2, 4096, b""),
+            (WRITE, 0, 4, 4, b"last"),
+        ]
+        heard = await second.hear()  # the read comes behind them
+        assert heard.command == READ
+        await second.answer(heard, b"x")
+        assert (await done(second, disk.flush)).command == FLUSH
+        assert disk.pending_error() is None
+
+
+async def test_a_loss_after_a_flush_costs_nothing(network: Network) -> None:
+    async with opened(network) as (disk, server):
+        await done(server, disk.write, 0, memoryview(b"abcd"))
+        assert (await done(server, disk.flush)).command == FLUSH
+        server.close()
+        second = await network.accept()
+        await wait_all_tasks_blocked()
+        await disk.flush()  # there is nothing to flush
+        results: list[Exception | None] = []
+        assert disk.try_flush(results.append)
+        assert results == [None]
+        assert (await done(second, disk.write, 0, memoryview(b"abcd"))).data == b"abcd"
+        await done(second, disk.flush)
+
+
+async def test_a_flush_vouches_only_for_what_was_answered_before_it(network: Network) -> None:
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        await done(server, disk.write, 0, memoryview(b"abcd"))
+        flushing = start(nursery, disk.flush)
+        heard = await server.hear()
+        await done(server, disk.write, 0, memoryview(b"efgh"))  # between the flush and its answer
+        await server.answer(heard)
+        await wait_all_tasks_blocked()
+        assert flushing.is_done
+        assert flushing.raised is None
+        server.close()
+        second = await network.accept()
+        again = await second.hear()
+        assert again.data == b"efgh"
+        await second.answer(again)
+        await done(second, disk.flush)
+
+
+async def test_a_flush_is_asked_for_again_when_another_connection_was_lost_meanwhile(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    network.export = MULTI
+    async with opened(network, connections=2) as (disk, server), trio.open_nursery() as nursery:
+        other = await network.accept()
+        await wait_all_tasks_blocked()
+        start(nursery, disk.write, 0, memoryview(b"abcd"))
+        await server.answer(await server.hear())
+        await wait_all_tasks_blocked()
+        flushing = start(nursery, disk.flush)
+        heard = await server.hear()
+        other.close()
+        await wait_all_tasks_blocked()
+        with pytest.raises((OSError, trio.BrokenResourceError)):  # it was given up with the other
+            await server.answer(heard)
+        second, third = await network.accept(), await network.accept()
+        server = await _who_hears(second, third)
+        again = await server.hear()
+        assert again.data == b"abcd"
+        await server.answer(again)
+        server = await _who_hears(second, third)
+        again = await server.hear()
+        assert again.command == FLUSH
+        assert not flushing.is_done
+        await server.answer(again)
+        await wait_all_tasks_blocked()
+        assert flushing.raised is None
+
+
+async def _who_hears(*servers: Server) -> Server:
+    """The one to which something was sent."""
+    found: list[Server] = []
+    async with trio.open_nursery() as nursery:
+
+        async def wait(server: Server) -> None:
+            await trio.lowlevel.wait_readable(server.stream.socket)
+            found.append(server)
+            nursery.cancel_scope.cancel()
+
+        for server in servers:
+            nursery.start_soon(wait, server)
+    return found[0]
+
+
+@pytest.mark.logs("flush: the server says: input/output error")
+async def test_what_a_failed_flush_may_have_dropped_is_sent_again(network: Network) -> None:
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        await done(server, disk.write, 0, memoryview(b"abcd"))
+        flushing = start(nursery, disk.flush)
+        await server.answer(await server.hear(), error=errno.EIO)
+        again = await server.hear()
+        assert again.data == b"abcd"
+        assert isinstance(flushing.raised, PermanentError)
+        assert disk.pending_error() is flushing.raised
+        await server.answer(again)
+        await done(server, disk.flush)
+        assert disk.pending_error() is None
+
+
+@pytest.mark.logs("which it had acknowledged before", "last flush", "no space left")
+async def test_what_the_server_refuses_to_take_again_is_kept(network: Network, autojump_clock: MockClock) -> None:
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        await done(server, disk.write, 0, memoryview(b"abcd"))
+        server.close()
+        second = await network.accept()
+        await second.answer(await second.hear(), error=errno.ENOSPC)
+        await wait_all_tasks_blocked()
+        assert "refuses write 0+4" in str(disk.pending_error())
+        flushing = start(nursery, disk.flush)
+        again = await second.hear()
+        assert again.data == b"abcd"
+        await second.answer(again)
+        await second.answer(await second.hear())
+        await wait_all_tasks_blocked()
+        assert flushing.is_done
+        assert disk.pending_error() is None
+
+
+async def test_one_that_is_refused_when_it_is_sent_again_fails_its_writer(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        change = start(nursery, disk.write, 0, memoryview(b"abcd"))
+        await server.hear()
+        server.close()
+        second = await network.accept()
+        await second.answer(await second.hear(limit_s=100), error=errno.ENOSPC)
+        await wait_all_tasks_blocked()
+        assert isinstance(change.raised, NoSpaceError)
+        await disk.flush()  # there is nothing
+
+
+async def test_when_the_memory_is_full_a_flush_makes_room(network: Network, autojump_clock: MockClock) -> None:
+    async with opened(network, unflushed="4MiB") as (disk, server), trio.open_nursery() as nursery:
+        data = memoryview(bytes(1 << 20))
+        for _ in range(4):
+            await done(server, disk.write, 0, data)
+        fifth = start(nursery, disk.write, 0, data)
+        heard = await server.hear()
+        assert heard.command == FLUSH
+        assert not fifth.is_done
+        await server.answer(heard)
+        heard = await server.hear()
+        assert (heard.command, heard.length) == (WRITE, 1 << 20)
+        await server.answer(heard)
+        await done(server, disk.flush)
+
+
+async def test_a_server_without_flush_is_asked_for_fua_and_believed(network: Network) -> None:
+    network.export = replace(EXPORT, flags=Flag.HAS_FLAGS | Flag.SEND_FUA | Flag.SEND_WRITE_ZEROES)
+    async with opened(network) as (disk, server):
+        assert (await done(server, disk.write, 0, memoryview(b"abcd"))).flags == FUA
+        assert (await done(server, disk.zero, 0, 4096)).flags == FUA | NO_HOLE
+        await disk.flush()
+        server.close()
+        second = await network.accept()
+        await wait_all_tasks_blocked()
+        assert (await done(second, disk.trim, 0, 4096)).flags == FUA
+
+
+# ---- how long
+
+
+async def test_held_requests_wait_beyond_the_deadline_and_are_carried_out(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    async with opened(network, deadline="10s", fence="1s", on_failure="hold") as (disk, server):
+        async with trio.open_nursery() as nursery:
+            await done(server, disk.write, 8, memoryview(b"kept"))
+            writing = start(nursery, disk.write, 0, memoryview(b"abcd"))
+            await server.hear()
+            network.trouble = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+            server.close()
+            reading = Reading(disk, 100, 4)
+            nursery.start_soon(reading.run)
+            flushing = start(nursery, disk.flush)
+            await trio.sleep(3600)
+            assert disk.statistics().values["state"] == "holding"
+            assert not any((writing.is_done, reading.is_done, flushing.is_done))
+            network.trouble = None
+            second = await network.accept()
+            for _ in range(3):
+                heard = await second.hear()
+                await second.answer(heard, b"read" if heard.command == READ else b"")
+            heard = await second.hear()
+            assert heard.command == FLUSH
+            await second.answer(heard)
+        assert [one.raised for one in (writing, flushing)] == [None, None]
+        assert reading.buffer == b"read"
+        assert disk.statistics().values["state"] == "ok"
+        await disk.flush()  # nothing is left
+
+
+@pytest.mark.logs("flush: not done within")
+async def test_at_the_deadline_requests_fail_then_at_once_until_the_store_is_back(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    async with opened(network, deadline="10s", fence="1s") as (disk, server), trio.open_nursery() as nursery:
+        await done(server, disk.write, 8, memoryview(b"kept"))
+        network.trouble = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        server.close()
+        began = trio.current_time()
+        changes = [
+            start(nursery, disk.write, 0, memoryview(b"abcd")),
+            start(nursery, disk.trim, 0, 4096),
+            start(nursery, disk.flush),
+            start(nursery, disk.read_into, 0, memoryview(bytearray(4))),
+        ]
+        await trio.sleep(9.9)
+        assert not any(change.is_done for change in changes)
+        assert disk.statistics().values["state"] == "reconnecting"
+        await trio.sleep(0.2)
+        assert all(isinstance(change.raised, BackendTimeout) for change in changes)
+        await trio.sleep(1)
+        assert disk.statistics().values["state"] == "failing"
+        with pytest.raises(BackendTimeout, match=r"refused, the store could not be reached for 11s: .*refused"):
+            await disk.write(0, memoryview(b"abcd"))
+        assert trio.current_time() - began < 11.2
+        network.trouble = None
+        second = await network.accept()
+        again = await second.hear()
+        assert again.data == b"kept"  # the writes that failed are not sent
+        await second.answer(again)
+        assert (await done(second, disk.flush)).command == FLUSH
+        assert disk.pending_error() is None
+
+
+# ---- cancelling
+
+
+async def test_a_write_under_way_is_waited_for_when_it_is_cancelled(network: Network) -> None:
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        data = bytes(range(256)) * 4096
+        change = start(nursery, disk.write, 0, memoryview(data))
+        await wait_all_tasks_blocked()  # it does not fit into the socket: sent in part
+        change.scope.cancel()
+        heard = await server.hear()
+        assert heard.data == data
+        await wait_all_tasks_blocked()
+        assert not change.is_done
+        await server.answer(heard)
+        await wait_all_tasks_blocked()
+        assert change.is_done
+        await done(server, disk.flush)
+
+
+async def test_a_write_that_is_cancelled_before_it_was_sent_never_lands(network: Network) -> None:
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        start(nursery, disk.write, 0, memoryview(bytes(1 << 20)))
+        await wait_all_tasks_blocked()
+        second = start(nursery, disk.write, 0, memoryview(b"never"))
+        await wait_all_tasks_blocked()
+        second.scope.cancel()
+        await wait_all_tasks_blocked()
+        await server.answer(await server.hear())
+        await done(server, disk.trim, 0, 512)  # what comes next is not the write
+        assert second.scope.cancelled_caught
+        assert (await done(server, disk.flush)).command == FLUSH
+
+
+async def test_a_write_that_waited_for_a_connection_is_barred_by_a_loss_meanwhile(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    """It might land before the one that is to be sent again."""
+    async with opened(network, fence="30s") as (disk, server), trio.open_nursery() as nursery:
+        first = start(nursery, disk.write, 0, memoryview(b"1"))
+        await wait_all_tasks_blocked()
+        filling = [Reading(disk, 1, 1) for _ in range(DEPTH - 1)]
+        for reading in filling:
+            nursery.start_soon(reading.run)
+        await wait_all_tasks_blocked()
+        second = start(nursery, disk.write, 0, memoryview(b"2"))
+        await wait_all_tasks_blocked()
+        for reading in filling:
+            reading.scope.cancel()
+        server.close()
+        network_after = await network.accept()
+        for expected in (b"1", b"2"):
+            heard = await network_after.hear(limit_s=100)
+            assert heard.data == expected
+            await network_after.answer(heard)
+        await wait_all_tasks_blocked()
+        assert first.is_done
+        assert second.is_done
+        await done(network_after, disk.flush)
+
+
+async def test_a_cancelled_owner_still_flushes_when_it_closes(network: Network) -> None:
+    heard: list[int] = []
+
+    async def serve(server: Server) -> None:
+        while (one := await server.hear()).command != DISCONNECT:
+            heard.append(one.command)
+            await server.answer(one, bytes(one.length) if one.command == READ else b"")
+
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as owner:
+            async with opened(network) as (disk, server):
+                nursery.start_soon(serve, server)
+                await disk.write(0, memoryview(b"abcd"))
+                network.close = lambda: None  # type: ignore[method-assign]
+                owner.cancel()
+                await trio.sleep_forever()
+    assert heard[-2:] == [WRITE, FLUSH]
+    Network.close(network)
+
+
+@pytest.mark.logs("the last flush failed: .*given up")
+async def test_a_forced_stop_gives_up_what_is_under_way_and_the_last_flush(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    forced = trio.Event()
+    began = trio.current_time()
+    writing = Changing()
+
+    async def stop_in_the_middle() -> None:
+        async with opened(network, forced_stop=forced, on_failure="hold") as (disk, server):
+            await done(server, disk.write, 8, memoryview(b"kept"))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(writing.run, disk.write, 0, memoryview(b"abcd"))
+                await server.hear()  # and it is never answered
+                forced.set()
+                nursery.cancel_scope.cancel()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await stop_in_the_middle()
+    assert "the last flush was given up" in str(caught.value.exceptions[0])
+    assert not writing.is_done
+    assert trio.current_time() - began < 1.5
+
+
+# ---- the memory
+
+
+def test_memory_is_read_by_whoever_takes_it_over() -> None:
+    body = memoryview(bytearray(body_size(1 << 20)))
+    ours = Unflushed(body, 1 << 20)
+    kept = [ours.put(Kind.WRITE, 512 * number, 512, memoryview(bytes([number]) * 512)) for number in range(4)]
+    zero = ours.put(Kind.ZERO, 0, 1 << 40, None)
+    assert None not in (*kept, zero)
+    for change in (kept[0], kept[2], zero):
+        ours.answer(change)  # type: ignore[arg-type]
+    ours.send_again(kept[2])  # type: ignore[arg-type]
+    ours.drop(kept[0])  # type: ignore[arg-type]
+    theirs = Unflushed(body, 1 << 20)
+    found = [(c.kind, c.offset, c.is_answered, c.was_under_way, bytes(c.data or b"")[:1]) for c in theirs]
+    assert found == [
+        (Kind.WRITE, 512, False, True, b"\1"),
+        (Kind.WRITE, 1024, True, True, b"\2"),
+        (Kind.WRITE, 1536, False, True, b"\3"),
+        (Kind.ZERO, 0, True, False, b""),
+    ]
+    assert theirs.answered == 2
+    more = theirs.put(Kind.WRITE, 0, 512, memoryview(b"m" * 512))
+    assert more is not None
+    assert [bytes(change.data or b"")[:1] for change in theirs] == [b"\1", b"\2", b"\3", b"", b"m"]
+
+
+def test_ring_gives_room_in_the_order_of_sending() -> None:
+    unflushed = Unflushed(memoryview(bytearray(body_size(4096))), 4096)
+    changes = [unflushed.put(Kind.WRITE, 0, 1000, memoryview(bytes([number]) * 1000)) for number in range(4)]
+    assert unflushed.put(Kind.WRITE, 0, 1000, memoryview(bytes(1000))) is None
+    unflushed.drop(changes[1])  # type: ignore[arg-type]
+    assert unflushed.put(Kind.WRITE, 0, 1000, memoryview(bytes(1000))) is None  # the oldest holds its place
+    unflushed.drop(changes[0])  # type: ignore[arg-type]
+    wrapped = unflushed.put(Kind.WRITE, 0, 1500, memoryview(b"w" * 1500))
+    assert wrapped is not None
+    assert unflushed.put(Kind.WRITE, 0, 500, memoryview(bytes(500))) is None
+    assert [bytes(change.data or b"")[:1] for change in unflushed] == [b"\2", b"\3", b"w"]
+    for change in list(unflushed):
+        unflushed.drop(change)
+    assert unflushed.used_bytes == 0
+    assert unflushed.put(Kind.WRITE, 0, 4096, memoryview(bytes(4096))) is not None
+
+
+def test_plans() -> None:
+    unflushed = Unflushed(memoryview(bytearray(body_size(4096))), 4096)
+
+    def put(offset: int, length: int, *, answered: bool = True) -> Any:
+        change = unflushed.put(Kind.ZERO, offset, length, None)
+        assert change is not None
+        if answered:
+            unflushed.answer(change)
+        return change
+
+    first, second, third = put(0, 10), put(10, 10), put(15, 2)
+    assert next_wave([first, second, third]) == [first, second]
+    again, unanswered = put(0, 10), put(10, 10, answered=False)
+    assert without_superseded([first, second, third, again, unanswered]) == [second, third, again, unanswered]
+    ranges = Ranges([second, third, first, put(40, 10)])
+    cases = [(0, 1), (19, 1), (20, 1), (20, 20), (20, 21), (39, 1), (49, 9), (50, 1)]
+    assert [ranges.overlap(*case) for case in cases] == [True, True, False, False, True, False, True, False]
