@@ -1,4 +1,4 @@
-"""nbd: an export of an NBD server (nbdkit, qemu-nbd, nbd-server), over TCP, TLS or a unix socket.
+"""nbd: an export of an NBD server (nbdkit, qemu-nbd, nbd-server), over TCP, TLS or a unix socket; or of one that we start.
 
 What fails, and what then:
 - A connection that is lost, or silent for `timeout`, is made anew, for as long as the disk is open. Reads and questions for
@@ -17,10 +17,11 @@ import errno
 import hashlib
 import logging
 import os
+import shlex
 import ssl
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Annotated
 
@@ -31,8 +32,10 @@ from cachefs.backends.remote import RemoteConfig
 from cachefs.errors import BackendError, CachefsError, NoSpaceError, PermanentError, StoreError, TransientError
 from cachefs.extent import Extent, ExtentKind
 from cachefs.layers.base import MAX_IO, Caps, Done, Environment, Geometry, Options, Statistics
-from cachefs.nbd.address import parse_uri
+from cachefs.nbd.address import Address, parse_uri
+from cachefs.nbd.child import Child
 from cachefs.nbd.client import Client, Dial, Limits
+from cachefs.nbd.connection import ConnectionLost, ServerSilent
 from cachefs.nbd.dial import dialer, tls_context
 from cachefs.nbd.handshake import Export, Flag, RefusedError
 from cachefs.nbd.protocol import MAX_STATUS_LENGTH, TRANSIENT_ERRORS, Command, Request
@@ -45,6 +48,7 @@ from cachefs.units import Duration, LocalPath, Size, align_down, align_up
 log = logging.getLogger(__name__)
 
 _MAX_ZERO = 32 << 20  # bytes of one WRITE_ZEROES: a server without a fast way writes them
+_END_GRACE_S = 1.0  # for a server of ours that has to be started anew
 _FORCED_S = 0.5  # for what is under way when a stop is forced
 _MEMORY_LAYOUT = 1
 
@@ -52,6 +56,14 @@ _MEMORY_LAYOUT = 1
 def _check_uri(uri: str) -> str:
     parse_uri(uri)
     return uri
+
+
+def _check_command(command: tuple[str, ...]) -> tuple[str, ...]:
+    if not command or not command[0]:
+        raise ValueError("is empty: write a program and its arguments, such as [nbdkit, file, /srv/vm1.raw]")
+    if any("\0" in word for word in command):
+        raise ValueError("has a NUL in it, which no program can be given")
+    return command
 
 
 class TlsConfig(Options):
@@ -63,24 +75,37 @@ class TlsConfig(Options):
     """Its key, PEM. Default: it stands in the file `cert`."""
 
 
-class NbdConfig(RemoteConfig):
-    uri: Annotated[str, pydantic.AfterValidator(_check_uri)]
-    """nbd://host/export, nbds://host/export (TLS) or nbd+unix:///export?socket=/path. Default port: 10809."""
+class ClientOptions(RemoteConfig):
+    """What every backend over NBD takes."""
+
     connections: Annotated[int, pydantic.Field(ge=1, le=16)] = 4
     """How many connections are made to a server that allows several; one to any other."""
-    fence: Annotated[Duration, pydantic.Field(ge=0, le=3600)] = 30.0
-    """How long after a lost connection something that was sent over it may still reach the disk."""
     unflushed: Annotated[Size, pydantic.Field(ge=4 << 20, le=16 << 30)] = 64 << 20
     """Memory for changes that the server may lose, as no flush has made them durable; when it is full, one does."""
+
+
+class NbdConfig(ClientOptions):
+    model_config = pydantic.ConfigDict(json_schema_extra={"oneOf": [{"required": ["uri"]}, {"required": ["command"]}]})
+
+    uri: Annotated[str, pydantic.AfterValidator(_check_uri)] | None = None
+    """nbd://host/export, nbds://host/export (TLS) or nbd+unix:///export?socket=/path. Default port: 10809."""
+    command: Annotated[tuple[str, ...], pydantic.AfterValidator(_check_command)] | None = None
+    """Instead of uri: a server to start, such as [nbdkit, file, /srv/vm1.raw]; it is given its socket (LISTEN_FDS)."""
+    fence: Annotated[Duration, pydantic.Field(ge=0, le=3600)] = 30.0
+    """How long after a lost connection something that was sent over it may still reach the disk; not for a command."""
     tls: TlsConfig | None = None
     """Certificates for nbds://."""
 
     @pydantic.model_validator(mode="after")
-    def _check_tls(self) -> NbdConfig:
+    def _check_whole(self) -> NbdConfig:
+        if self.uri is None and self.command is None:
+            raise ValueError("has neither 'uri' nor 'command': it needs one of them")
+        if self.uri is not None and self.command is not None:
+            raise ValueError("has both 'uri' and 'command': keep one of them")
         if self.tls is None:
             return self
-        if not parse_uri(self.uri).tls:
-            raise ValueError("tls is given, and the URI is not nbds://: nothing would be encrypted")
+        if self.uri is None or not parse_uri(self.uri).tls:
+            raise ValueError("tls is given, and no URI with nbds://: nothing would be encrypted")
         if self.tls.key is not None and self.tls.cert is None:
             raise ValueError("tls.key needs tls.cert")
         return self
@@ -91,13 +116,16 @@ class Nbd:
 
     Config = NbdConfig
 
-    def __init__(self, name: str, config: NbdConfig, dial: Dial) -> None:
+    def __init__(self, name: str, config: NbdConfig, address: Address, dial: Dial, child: Child | None = None) -> None:
         self.name = name
-        self._address = parse_uri(config.uri)
-        self._uri = config.uri
+        self._address = address
+        self._config = config
+        self._child = child
         self._timeout_s = config.timeout
         self._fence_s = config.fence
-        self._risky_timeout_s = max(config.timeout, config.fence / 2)
+        self._risky_timeout_s = config.timeout if child is not None else max(config.timeout, config.fence / 2)
+        self._hung = trio.Event()
+        self._ending = trio.Lock()
         self._insistence = config.insistence(name, self._trouble)
         self._client = Client(
             name,
@@ -105,28 +133,44 @@ class Nbd:
             Limits(config.connections, config.connect_timeout, config.deadline),
             patience=self._patience,
             breaker=self._insistence.breaker,
-            on_lost=lambda reason: self._recovery.lost(reason),
+            on_lost=self._lost,
             check=lambda request: self._recovery.check(request),
         )
         self._recovery: Recovery
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: NbdConfig, env: Environment, dial: Dial | None = None) -> AsyncIterator[Nbd]:
-        """*dial* stands for the network, in tests.
+    async def open(
+        cls, config: NbdConfig, env: Environment, dial: Dial | None = None, *, kind: str = "nbd"
+    ) -> AsyncIterator[Nbd]:
+        """*dial* stands for the network, in tests; *kind* is what the configuration calls the backend.
 
-        Raises: StoreError when the server cannot be reached within the deadline, or will not serve the export.
+        Raises: StoreError when the server cannot be started or reached within the deadline, or will not serve the export.
         """
-        name = f"{env.owner}/nbd"
-        backend = cls(name, config, dial or _dialer(name, config))
+        name = f"{env.owner}/{kind}"
+        async with AsyncExitStack() as stack:
+            opened_at = trio.current_time()
+            child = None
+            if config.command is not None:
+                child = await stack.enter_async_context(Child.open(name, config.command, env.state_dir))
+            yield await stack.enter_async_context(cls._open_over(name, config, env, dial, child, opened_at))
+
+    @classmethod
+    @asynccontextmanager
+    async def _open_over(
+        cls, name: str, config: NbdConfig, env: Environment, dial: Dial | None, child: Child | None, opened_at: float
+    ) -> AsyncIterator[Nbd]:
+        address = parse_uri(config.uri or "") if child is None else child.address
+        backend = cls(name, config, address, dial or _dialer(name, config, address), child)
         problem: CachefsError | None = None
+        connect = partial(backend._client.connect, config.deadline)
         try:
-            first = await backend._client.connect(config.deadline)
+            first = await (connect() if child is None else child.until_served(connect))
         except (TransientError, RefusedError) as exc:
             raise StoreError(name, f"cannot open {backend._address}: {exc.detail}") from exc
         with _memory(config, env) as unflushed:
-            recovery = backend._recover(unflushed, first.export)
-            beside = (recovery.run, partial(backend._stop_when_forced, env.forced_stop))
+            recovery = backend._recover(unflushed, first.export, opened_at)
+            beside = (recovery.run, backend._restart_what_hangs, partial(backend._stop_when_forced, env.forced_stop))
             async with backend._client.keep_connected(first, beside):
                 try:
                     await backend._begin(first.export, writable=env.writable)
@@ -140,9 +184,23 @@ class Nbd:
         if problem is not None:
             raise problem
 
-    def _recover(self, unflushed: Unflushed, export: Export) -> Recovery:
-        flushes, fua = Flag.SEND_FLUSH in export.flags, Flag.SEND_FUA in export.flags
-        self._recovery = Recovery(self.name, unflushed, self._client, self._fence, flushes=flushes, fua=fua)
+    async def _restart_what_hangs(self) -> None:
+        """A server of our own that is silent is started anew: there is nobody else who would."""
+        while True:
+            await self._hung.wait()
+            self._hung = trio.Event()
+            await self._end_server(trio.current_time())
+
+    def _recover(self, unflushed: Unflushed, export: Export, opened_at: float) -> Recovery:
+        self._recovery = Recovery(
+            self.name,
+            unflushed,
+            self._client,
+            self._fence,
+            flushes=Flag.SEND_FLUSH in export.flags,
+            fua=Flag.SEND_FUA in export.flags,
+            opened_at=opened_at,
+        )
         return self._recovery
 
     async def _stop_when_forced(self, forced_stop: trio.Event) -> None:
@@ -220,9 +278,25 @@ class Nbd:
         """Seconds that the server may be silent while requests wait."""
         return self._risky_timeout_s if self._recovery.is_risky else self._timeout_s
 
+    def _lost(self, why: ConnectionLost) -> None:
+        if self._child is not None and isinstance(why, ServerSilent):
+            self._hung.set()
+        self._recovery.lost(why.detail)
+
     async def _fence(self, lost_at: float) -> None:
-        """Of a server that others started: what was under way has arrived by then, or never will."""
-        await trio.sleep_until(lost_at + self._fence_s)
+        """What was under way has arrived by then, or never will."""
+        if self._child is None:
+            await trio.sleep_until(lost_at + self._fence_s)
+        else:
+            await self._end_server(lost_at)
+
+    async def _end_server(self, started_before: float) -> None:
+        """The server that we started is gone, and another one is started; unless that has happened since."""
+        assert self._child is not None
+        async with self._ending:
+            if self._child.pid and self._child.started_at <= started_before:
+                await self._child.end(_END_GRACE_S)
+                self._child.ensure_running()
 
     def _trouble(self) -> str:
         return self._client.trouble
@@ -320,7 +394,7 @@ class Nbd:
 
     def statistics(self) -> Statistics:
         values: dict[str, int | float | str] = {
-            "uri": self._uri,
+            **self._server(),
             "state": self._state(),
             "connections": self._client.connected,
             "lost_connections": self._client.losses,
@@ -337,6 +411,15 @@ class Nbd:
         state = self._insistence.breaker.state(trio.current_time())
         return state if state != "ok" or self._recovery.is_sound else "resending"
 
+    def _server(self) -> dict[str, int | str]:
+        if self._child is None:
+            return {"uri": self._config.uri or ""}
+        return {
+            "command": shlex.join(self._config.command or ()),
+            "server_pid": self._child.pid,
+            "server_starts": self._child.starts,
+        }
+
 
 @contextmanager
 def _memory(config: NbdConfig, env: Environment) -> Iterator[Unflushed]:
@@ -344,7 +427,7 @@ def _memory(config: NbdConfig, env: Environment) -> Iterator[Unflushed]:
     if not env.writable:
         yield Unflushed(memoryview(bytearray(body_size(0))), 0)
         return
-    store = uuid.uuid5(uuid.NAMESPACE_URL, config.uri)
+    store = uuid.uuid5(uuid.NAMESPACE_URL, f"{env.owner} {config.uri or shlex.join(config.command or ())}")
     memory = SurvivorMemory("nbd", _MEMORY_LAYOUT, store, 0, body_size(config.unflushed))
     try:
         yield Unflushed(memory.body, config.unflushed)
@@ -357,9 +440,8 @@ def _clip(extent: Extent, start: int, end: int) -> Extent:
     return Extent(first, min(extent.end, end) - first, extent.kind)
 
 
-def _dialer(name: str, config: NbdConfig) -> Dial:
+def _dialer(name: str, config: NbdConfig, address: Address) -> Dial:
     """Raises: StoreError when the certificates cannot be used."""
-    address = parse_uri(config.uri)
     if not address.tls:
         return dialer(address, None)
     tls = config.tls or TlsConfig()

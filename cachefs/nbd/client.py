@@ -48,7 +48,7 @@ class Client:
         *,
         patience: Callable[[], float],
         breaker: Breaker,
-        on_lost: Callable[[str], None] = lambda reason: None,
+        on_lost: Callable[[ConnectionLost], None] = lambda why: None,
         check: Callable[[Request], None] = lambda request: None,
     ) -> None:
         self.trouble = "not connected yet"
@@ -199,7 +199,7 @@ class Client:
         self.losses += 1
         self.trouble = connection.lost.detail
         log.warning("%s: connection lost, making a new one: %s", self._name, self.trouble)
-        self._on_lost(self.trouble)
+        self._on_lost(connection.lost)
 
     async def ask(self, request: Request, data: memoryview | None = None, *, give_up: bool = True) -> None:
         """As `Connection.ask`, on the connection with the fewest requests; waits for one as long as there is none."""

@@ -34,6 +34,10 @@ class ConnectionLost(TransientError):
     """What was in flight on a connection was not answered; it may or may not have been done."""
 
 
+class ServerSilent(ConnectionLost):
+    """It was lost because nothing came over it."""
+
+
 class Connection:
     """A transport after its handshake.
 
@@ -136,7 +140,7 @@ class Connection:
 
     def _raise_if_lost(self) -> None:
         if self.lost is not None:
-            raise ConnectionLost(self.lost.where, self.lost.detail)
+            raise type(self.lost)(self.lost.where, self.lost.detail)
 
     async def run(self) -> None:
         """Receive answers until the connection is lost."""
@@ -155,12 +159,11 @@ class Connection:
         except LOST as exc:
             self.drop(f"receiving failed: {reason_of(exc)}")
         finally:
-            silent_s = trio.current_time() - self._heard
-            self.drop(
-                f"the server was silent for {silent_s:.1f} s"
-                if self._scope.cancelled_caught
-                else "the server closed it"
-            )
+            if self._scope.cancelled_caught:
+                silent_s = trio.current_time() - self._heard
+                self._lose(ServerSilent(self._name, f"the server was silent for {silent_s:.1f} s"))
+            else:
+                self.drop("the server closed it")
 
     def _where(self) -> memoryview:
         self._is_direct = self._parser.data_left >= DIRECT
@@ -189,9 +192,12 @@ class Connection:
 
     def drop(self, reason: str) -> None:
         """The connection is lost, if it was not before: everybody who waits for an answer hears of it."""
+        self._lose(ConnectionLost(self._name, reason))
+
+    def _lose(self, why: ConnectionLost) -> None:
         if self.lost is not None:
             return
-        self.lost = ConnectionLost(self._name, reason)
+        self.lost = why
         self._transport.abort()
         self._on_lost(self)
         for request in self._begun:

@@ -71,10 +71,21 @@ class _Writer:
 
 
 class Recovery:
-    """flushes: whether the server has a flush; without one nothing is kept, and *fua* makes each change durable."""
+    """flushes: whether the server has a flush; without one nothing is kept, and *fua* makes each change durable.
+
+    opened_at: on trio's clock; whatever a daemon before us has sent, it has sent by then.
+    """
 
     def __init__(
-        self, name: str, unflushed: Unflushed, client: Client, fence: Fence, *, flushes: bool, fua: bool
+        self,
+        name: str,
+        unflushed: Unflushed,
+        client: Client,
+        fence: Fence,
+        *,
+        flushes: bool,
+        fua: bool,
+        opened_at: float = 0.0,
     ) -> None:
         self.problem: CachefsError | None = None
         """Why the last flush failed, or what was acknowledged cannot be sent again; None since a flush succeeded."""
@@ -103,6 +114,7 @@ class Recovery:
             self._abandoned.update(change for change in unflushed if not change.is_answered)
             self._in_flight.update(change for change in unflushed if change.was_under_way)
             self.lost("taken over from the daemon before")
+            self._fenced_from = opened_at
 
     @property
     def is_sound(self) -> bool:

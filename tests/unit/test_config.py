@@ -269,6 +269,32 @@ class TestMistakes:
                 "image: i, layers: [{cow: {limit: 50GB}}]",
                 "1:46: disks.d.layers[0].cow.limit: '50GB' is not a size: write 50GiB",
             ),
+            (
+                "backend: {nbd: {timeout: 5s}}",
+                "1:28: disks.d.backend.nbd: has neither 'uri' nor 'command': it needs one of them",
+            ),
+            (
+                "backend: {nbd: {uri: 'nbd://h/e', command: [nbdkit]}}",
+                "1:28: disks.d.backend.nbd: has both 'uri' and 'command': keep one of them",
+            ),
+            (
+                "backend: {nbd: {command: nbdkit null}}",
+                "1:38: disks.d.backend.nbd.command: must be a list, such as [a, b] or lines that begin with '-', not "
+                "'nbdkit null'",
+            ),
+            (
+                "backend: {nbd: {command: []}}",
+                "1:38: disks.d.backend.nbd.command: is empty: write a program and its arguments, such as "
+                "[nbdkit, file, /srv/vm1.raw]",
+            ),
+            (
+                "backend: {nbd: {command: [qemu-nbd, -e, 8]}}",
+                "1:53: disks.d.backend.nbd.command[2]: 8 is not text: put it in quotes if it is meant to be",
+            ),
+            (
+                "backend: {nbd: {command: [nbdkit], tls: {}}}",
+                "1:28: disks.d.backend.nbd: tls is given, and no URI with nbds://: nothing would be encrypted",
+            ),
         ],
     )
     def test_of_a_disk(self, problems: Problems, keys: str, problem: str) -> None:
