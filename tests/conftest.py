@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import yaml
+from nbdservers import Servers
 
 from cachefs import mounts, stop
 
@@ -233,6 +234,15 @@ def module_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounts]:
     made.clean_up()
     _current.remove(made)
     assert not made.new_alarms([])
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[Servers]:
+    """NBD and web servers, killed at the end of the test."""
+    made = Servers(tmp_path, _wait_until)
+    yield made
+    for server in made.all:
+        server.kill()
 
 
 _current: list[Mounts] = []  # whose logs are to be looked at

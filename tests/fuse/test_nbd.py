@@ -2,87 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
 import errno
 import os
-import socket as sockets
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nbdservers import Servers, certificates
 from test_files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, need, pattern, run
 
 MIB = 1 << 20
 SIZE = 16 * MIB
-
-
-class Server:
-    """An NBD server on a unix socket (or, with *port*, on TCP), which can be killed and started again."""
-
-    def __init__(self, command: list[str], ready: Callable[[], bool], log: Path) -> None:
-        need(command[0])
-        self._command, self._ready, self._log = command, ready, log
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, wait_until: Callable[..., Any]) -> None:
-        with self._log.open("ab") as log:
-            self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        process = self.process
-        wait_until(lambda: process.poll() is not None or self._ready(), "the server's socket")
-        assert process.poll() is None, self._log.read_text()
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(10)
-
-
-class Servers:
-    """Starts servers in *folder*; all are killed at the end of the test."""
-
-    def __init__(self, folder: Path, wait_until: Callable[..., Any]) -> None:
-        self.folder = folder
-        self._wait_until = wait_until
-        self.all: list[Server] = []
-
-    def _start(self, command: list[str], socket: Path) -> Server:
-        def ready() -> bool:
-            return _listens(socket)
-
-        server = Server(command, ready, self.folder / f"server{len(self.all)}.log")
-        self.all.append(server)
-        server.start(self._wait_until)
-        return server
-
-    def nbdkit(self, *arguments: object, name: str = "a") -> tuple[str, Server]:
-        socket = self.folder / f"{name}.sock"
-        server = self._start(["nbdkit", "-f", "--exit-with-parent", "-U", str(socket), *map(str, arguments)], socket)
-        return f"nbd+unix:///?socket={socket}", server
-
-    def qemu_nbd(self, image: Path, form: str, *arguments: str) -> tuple[str, Server]:
-        socket = self.folder / "q.sock"
-        command = ["qemu-nbd", "-k", str(socket), "-f", form, "-x", "disk", "-t", "-e", "8", *arguments, str(image)]
-        return f"nbd+unix:///disk?socket={socket}", self._start(command, socket)
-
-    def restart(self, server: Server) -> None:
-        for socket in self.folder.glob("*.sock"):
-            socket.unlink()
-        server.start(self._wait_until)
-
-
-def _listens(socket: Path) -> bool:
-    return any(line.endswith(f" {socket}") for line in Path("/proc/net/unix").read_text().splitlines())
-
-
-@pytest.fixture
-def servers(tmp_path: Path, wait_until: Callable[..., Any]) -> Iterator[Servers]:
-    made = Servers(tmp_path, wait_until)
-    yield made
-    for server in made.all:
-        server.kill()
 
 
 @pytest.fixture
@@ -312,43 +244,15 @@ def test_server_that_is_not_there_is_named_when_the_mount_fails(
 # ---- TLS
 
 
-def _certificates(folder: Path) -> Path:
-    """A CA, the server's certificate for "localhost" and a client's, with the names that nbdkit looks for."""
-    trustme = pytest.importorskip("trustme")
-    expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
-    ca = trustme.CA()
-    folder.mkdir()
-    ca.cert_pem.write_to_path(str(folder / "ca-cert.pem"))
-    for role, name in (("server", "localhost"), ("client", "node1")):
-        made = ca.issue_cert(name, not_after=expires)
-        made.private_key_pem.write_to_path(str(folder / f"{role}-key.pem"))
-        made.cert_chain_pems[0].write_to_path(str(folder / f"{role}-cert.pem"))
-    return folder
-
-
-def _free_port() -> int:
-    with sockets.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def test_tls_is_spoken_and_nobody_else_is_believed(
     mount: Any, servers: Servers, image: Path, tmp_path: Path, cachefs: Callable[..., Any]
 ) -> None:
-    ours, theirs = _certificates(tmp_path / "ours"), _certificates(tmp_path / "theirs")
-    port = _free_port()
-    tls = ("--tls=require", f"--tls-certificates={ours}", "--tls-verify-peer")
-    command = ["nbdkit", "-f", "--exit-with-parent", "-i", "127.0.0.1", "-p", str(port), *tls, "file", str(image)]
-
-    def listens() -> bool:
-        return f":{port:04X} 00000000:0000 0A" in Path("/proc/net/tcp").read_text()
-
-    server = Server(command, listens, tmp_path / "tls.log")
-    servers.all.append(server)
-    server.start(servers._wait_until)
+    ours, theirs = certificates(tmp_path / "ours"), certificates(tmp_path / "theirs")
+    uri, _ = servers.nbdkit_tls(ours, "file", image)
+    port = uri.rpartition(":")[2].rstrip("/")
     client = {"cert": str(ours / "client-cert.pem"), "key": str(ours / "client-key.pem")}
     good = {"ca": str(ours / "ca-cert.pem"), **client}
-    mounted = mount({"disks": {"vm": over(f"nbds://localhost:{port}/", tls=good)}})
+    mounted = mount({"disks": {"vm": over(uri, tls=good)}})
     disk = opened(mounted.path / "vm")
     assert os.pread(disk, 2 * MIB, 0) == pattern(MIB) + bytes(MIB)
     os.pwrite(disk, b"\x11" * (3 * MIB), MIB)
@@ -359,12 +263,12 @@ def test_tls_is_spoken_and_nobody_else_is_believed(
 
     wrong = {"ca": str(theirs / "ca-cert.pem"), **client}
     (tmp_path / "mnt").mkdir()
-    for uri, given, sentence in (
-        (f"nbds://localhost:{port}/", wrong, "the server's certificate: unable to get local issuer certificate"),
+    for asked, given, sentence in (
+        (uri, wrong, "the server's certificate: unable to get local issuer certificate"),
         (f"nbds://127.0.0.1:{port}/", good, "the server's certificate: IP address mismatch"),
         (f"nbd://localhost:{port}/", None, "wants TLS"),
     ):
-        config = mount.write({"disks": {"vm": over(uri, deadline="2s", **({"tls": given} if given else {}))}})
+        config = mount.write({"disks": {"vm": over(asked, deadline="2s", **({"tls": given} if given else {}))}})
         done = cachefs("mount", "--foreground", config, tmp_path / "mnt")
         assert done.returncode == 3, done.stderr
         assert sentence in done.stderr
