@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import pydantic
 
@@ -216,7 +216,8 @@ class _Loader:
             while error["type"] != "missing" and place not in self.document.values and len(place) > len(at):
                 place = place[:-1]
             unknown = error["type"] == "extra_forbidden"
-            sentence = _unknown("key", str(place[-1]), model.model_fields) if unknown else _sentence(error)
+            keys = _model_at(model, error["loc"][:-1]).model_fields
+            sentence = _unknown("key", str(place[-1]), keys) if unknown else _sentence(error)
             found = sentences.setdefault((place, unknown), [])
             if sentence not in found:
                 found.append(sentence)
@@ -359,6 +360,15 @@ def _store_path(spec: LayerSpec) -> Path | None:
 
 
 # ---- sentences
+
+
+def _model_at(model: type[Options], below: Keys) -> type[Options]:
+    """The model of what stands *below* one of *model*: another one where a key has a mapping with keys of its own."""
+    for key in below:
+        field = model.model_fields.get(str(key))
+        members = () if field is None else (field.annotation, *get_args(field.annotation))
+        model = next((one for one in members if isinstance(one, type) and issubclass(one, Options)), model)
+    return model
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:

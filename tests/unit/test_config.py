@@ -295,6 +295,10 @@ class TestMistakes:
                 "backend: {nbd: {command: [nbdkit], tls: {}}}",
                 "1:28: disks.d.backend.nbd: tls is given, and no URI with nbds://: nothing would be encrypted",
             ),
+            (
+                "backend: {nbd: {uri: 'nbds://h/e', tls: {xyz: 1}}}",
+                "1:54: disks.d.backend.nbd.tls.xyz: unknown key 'xyz': there is ca, cert, key",
+            ),
         ],
     )
     def test_of_a_disk(self, problems: Problems, keys: str, problem: str) -> None:
