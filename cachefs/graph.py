@@ -76,7 +76,8 @@ def warnings_about(config: Config) -> list[str]:
         except OSError as exc:
             found.append(f"{backend.path}: cannot open {path}: {exc.strerror}")
             continue
-        if FileSystem.of(descriptor).may_hang:
+        # a qcow2 image is opened by a server, which can be left behind when it hangs
+        if backend.kind == "file" and FileSystem.of(descriptor).may_hang:
             found.append(
                 f"{backend.path}: {path} lies on a network or FUSE file system; when that hangs, so does the disk, and the "
                 "daemon cannot be stopped"

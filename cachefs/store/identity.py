@@ -18,7 +18,7 @@ SAMPLE_SIZE = 4096
 
 @dataclass(frozen=True)
 class Identity:
-    """kind: "file", "block-device", "nbd", "memory". facts: name -> value, all strings, compared one by one."""
+    """kind: "file", "block-device", "nbd", "qcow2", "memory". facts: name -> value, all strings, compared one by one."""
 
     kind: str
     facts: Mapping[str, str]

@@ -8,15 +8,20 @@ backend is always a `Gate`, which does nothing until a test tells it to. In a *s
 from __future__ import annotations
 
 import functools
+import shutil
 import struct
+import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pytest
+
 from cachefs.backends.file import File, FileConfig
 from cachefs.backends.memory import CHUNK, Memory, MemoryConfig
 from cachefs.backends.nbd import Nbd, NbdConfig
+from cachefs.backends.qcow2 import Qcow2, Qcow2Config
 from cachefs.config import LayerSpec, load
 from cachefs.graph import edge, open_stack
 from cachefs.layers.base import Environment, Layer
@@ -93,8 +98,10 @@ class Bench:
         self.content = self.content or pattern(self.case.size)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.image = self.folder / "base.raw"
-        if self.case.backend in ("file", "nbd"):
+        if self.case.backend in ("file", "nbd", "qcow2"):
             write_sparse(self.image, self.content)
+            if self.case.backend == "qcow2":
+                self.image = convert_image(self.image, self.folder / "base.qcow2")
         else:
             fill(self.chunks, self.content)
 
@@ -132,11 +139,18 @@ class Bench:
         if self.case.backend == "nbd":
             uri = stack.enter_context(serve_image(self.image, self.folder / "nbd.sock"))
             return await stack.enter_async_context(Nbd.open(NbdConfig(uri=uri), env))
+        if self.case.backend == "qcow2":
+            return await stack.enter_async_context(Qcow2.open(Qcow2Config(path=self.image), env))
         return await stack.enter_async_context(File.open(FileConfig(path=self.image), env))
 
     def _outside(self, cow: Cow | None) -> bytes | None:
         """The disk, read past all layers; call it after a flush. None where nothing durable is kept to look at."""
-        below = self.image.read_bytes() if self.case.backend in ("file", "nbd") else unfold(self.chunks, self.case.size)
+        if self.case.backend == "memory":
+            below = unfold(self.chunks, self.case.size)
+        elif self.case.backend == "qcow2":
+            below = convert_image(self.image, self.folder / "outside.raw").read_bytes()
+        else:
+            below = self.image.read_bytes()
         if cow is None:
             return below
         return read_overlay(cow.store.path, below) if cow.store.durable else None
@@ -172,6 +186,15 @@ def write_sparse(path: Path, content: bytes) -> None:
                 file.seek(at)
                 file.write(content[at : at + 65536])
         file.truncate(len(content))
+
+
+def convert_image(image: Path, target: Path) -> Path:
+    """*image* as what *target*'s suffix says, made by qemu-img, whoever has it open. Skips the test where there is none."""
+    if shutil.which("qemu-nbd") is None:
+        pytest.skip("qemu-nbd and qemu-img are not installed")
+    formats = ["-f", image.suffix[1:], "-O", target.suffix[1:]]
+    subprocess.run(["qemu-img", "convert", "-U", *formats, str(image), str(target)], check=True)
+    return target
 
 
 def read_overlay(path: Path, base: bytes) -> bytes:
@@ -214,6 +237,8 @@ def _own_cases(size: int) -> Iterator[Case]:
     yield Case("file", size, backend="file", on_disk=True)
     yield Case("file-tmpfs", size, backend="file")
     yield Case("nbd", size, backend="nbd")
+    if size % 512 == 0:
+        yield Case("qcow2", size, backend="qcow2")
     yield Case("align512", size, alignment=512)
     yield Case("align4096", size, alignment=4096)
     yield Case("cow", size, cow_layer())

@@ -25,7 +25,7 @@ def _parameters() -> list[object]:
     def is_left(case: Case) -> bool:
         if case.slow and case.name not in SLOW_PATHS_IN_THE_INNER_LOOP:
             return True
-        return case.backend == "nbd" or case.on_disk or case.name.startswith("example-")
+        return case.backend in ("nbd", "qcow2") or case.on_disk or case.name.startswith("example-")
 
     return [pytest.param(case, id=str(case), marks=pytest.mark.slow if is_left(case) else ()) for case in CASES]
 
