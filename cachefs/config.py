@@ -293,19 +293,24 @@ def _check_stores(
         at = (*at, "path") if (*at, "path") in document.values else at
         claims.setdefault(os.path.realpath(store), []).append(_Claim(at, writes))
 
+    def claim_backend(backend: LayerSpec, at: Keys, writes: bool) -> None:
+        if (path := _store_path(backend)) is not None:
+            claim(path, at, writes)
+        elif (store := backend.options.remote_store) is not None:
+            claims.setdefault(store, []).append(_Claim(at, writes))
+
     for pool in pools.values():
         claim(pool.options.path, ("pools", pool.name), writes=True)
     for image in images.values():
-        if (path := _store_path(image.backend)) is not None:
-            claim(path, ("images", image.name, "backend", image.backend.kind), writes=False)
+        claim_backend(image.backend, ("images", image.name, "backend", image.backend.kind), writes=False)
     for disk in disks.values():
         for index, layer in enumerate(disk.layers):
             if layer.kind == "cow":
                 path = overlay_path(state_dir, disk.name, _store_path(layer))
                 claim(path, ("disks", disk.name, "layers", index, layer.kind), writes=True)
-        if disk.backend is not None and (path := _store_path(disk.backend)) is not None:
+        if disk.backend is not None:
             writes = disk.writable and not disk.has_cow
-            claim(path, ("disks", disk.name, "backend", disk.backend.kind), writes)
+            claim_backend(disk.backend, ("disks", disk.name, "backend", disk.backend.kind), writes)
     for pool in pools.values():
         inside = os.path.realpath(pool.options.path)
         for store, (first, *_) in [*claims.items(), (os.path.realpath(state_dir), (_Claim(("state_dir",), True),))]:

@@ -96,6 +96,10 @@ class NbdConfig(ClientOptions):
     tls: TlsConfig | None = None
     """Certificates for nbds://."""
 
+    @property
+    def remote_store(self) -> str | None:
+        return None if self.uri is None else f"export {parse_uri(self.uri)}"
+
     @pydantic.model_validator(mode="after")
     def _check_whole(self) -> NbdConfig:
         if self.uri is None and self.command is None:

@@ -45,6 +45,11 @@ class Options(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @property
+    def remote_store(self) -> str | None:
+        """What these options open, for a sentence, when it is no file of this machine: the same text, the same store."""
+        return None
+
+    @property
     def passes_writes(self) -> bool:
         """Whether a layer with these options hands writes to its child, instead of keeping or refusing them."""
         return False

@@ -14,6 +14,7 @@ import pytest
 import xxhash
 
 from cachefs import survivor
+from cachefs.nbd import unflushed
 from cachefs.pool import pool, summap
 from cachefs.pool.pool import POOL_IMAGE
 from cachefs.store import blockmap, files, sectors
@@ -213,3 +214,15 @@ def test_working_sums_are_as_described() -> None:
     assert (body[1920], body[1928]) == (0, 0b110)
     text = (FORMATS / "survivor.md").read_text()
     assert f"## Body of `sums`, layout {summap.LAYOUT}\n" in text
+
+
+def test_slot_of_an_unflushed_change_is_as_described() -> None:
+    text = (FORMATS / "survivor.md").read_text().split("A slot:\n", 1)[1]
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (.*) \|$", text, re.MULTILINE)
+    found = [(int(offset), int(length)) for offset, length, _ in rows]
+    padding = (2, 6)
+    assert [row for row in found if row != padding] == [
+        row for row in fields(unflushed._SLOT) if row[1] == 8 or row[0] < 2
+    ]
+    assert "40 *S*" in (FORMATS / "survivor.md").read_text()
+    assert unflushed._SLOT.size == 40

@@ -424,6 +424,8 @@ class TestStores:
             "a: {backend: {file: {path: f}}, read_only: true}, b: {backend: {file: {path: f}}}",
             "a: {backend: {file: {path: f}}}, b: {layers: [cow], backend: {file: {path: f}}}",
             "a: {backend: {file: {path: i.raw}}}",
+            "a: {backend: {nbd: {uri: nbd://h/x}}}, b: {backend: {nbd: {uri: nbd://h:10809/x, timeout: 1s}}}",
+            "a: {backend: {nbd: {uri: nbd://h/x}}}, b: {layers: [cow], backend: {nbd: {uri: nbd://h/x}}}",
         ],
     )
     def test_shared_store_that_somebody_writes_is_refused(self, problems: Problems, disks: str) -> None:
