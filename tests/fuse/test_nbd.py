@@ -124,6 +124,27 @@ def test_trims_read_as_zeros_and_no_trim_is_sent(
     assert (" Zero " in said) == (lacks != "zeroes")
 
 
+def test_trim_reads_as_zeros_over_a_server_whose_trim_does_nothing(mount: Any, servers: Servers, image: Path) -> None:
+    name = f"{image}"
+    uri, _ = servers.nbdkit(
+        "eval",
+        f"get_size=stat -c %s {name}",
+        f"pread=dd if={name} skip=$4 count=$3 iflag=count_bytes,skip_bytes status=none",
+        f"pwrite=dd of={name} seek=$4 conv=notrunc oflag=seek_bytes status=none",
+        "can_write=exit 0",
+        "can_trim=exit 0",
+        "trim=exit 0",
+        "can_flush=exit 0",
+        f"flush=sync {name}",
+    )
+    mounted = mount({"disks": {"vm": over(uri)}})
+    run("qemu-io", "-f", "raw", "-c", "discard 4k 64k", "-c", "read -P 0 4k 64k", mounted.path / "vm")
+    mounted.umount()
+    expected = bytearray(pattern(MIB))
+    expected[4096 : 17 * 4096] = bytes(16 * 4096)
+    assert image.read_bytes()[:MIB] == expected
+
+
 @pytest.mark.logs("READ .* of vm failed: vm/nbd: read 0.4096: the server says: input/output error")
 def test_error_of_the_server_fails_the_read_and_nothing_else(
     mount: Any, servers: Servers, image: Path, tmp_path: Path
