@@ -12,7 +12,7 @@
       NoSpaceError      ENOSPC               overlay full, or its limit reached
       BackendError      EIO                  below us
         TransientError  EIO                  may be retried; the only class that is
-          BackendTimeout ETIMEDOUT
+          BackendTimeout  EIO                  not within its deadline
         PermanentError  EIO                  never retried: missing, range beyond the end, denied
       CorruptionError   EIO                  data disagrees with its checksum
 
@@ -101,7 +101,7 @@ class TransientError(BackendError):
 
 
 class BackendTimeout(TransientError):
-    default_errno = errno.ETIMEDOUT
+    """The time that a request may take is over. EIO: a guest's disk knows no time limits."""
 
 
 class PermanentError(BackendError):
