@@ -59,6 +59,10 @@ class _NoRoom(Exception):
     """Too much is unflushed."""
 
 
+class _Unwanted(Exception):
+    """Whoever wanted it has gone while it waited to be sent again."""
+
+
 class _Writer:
     """Whoever waits for a change. change: once its first byte was sent. settled: it was sent again, or refused."""
 
@@ -213,6 +217,9 @@ class Recovery:
         request = self._request(change.kind, change.offset, change.length, change)
         try:
             await self._client.ask(request, change.data, give_up=False)
+        except _Unwanted:
+            self._drop_abandoned([change])
+            return
         except CachefsError as exc:
             errors.append(exc)
             return
@@ -240,6 +247,8 @@ class Recovery:
         """In the step that sends the first byte of *request*. Raises: what makes its sender wait."""
         token = request.token
         if isinstance(token, Change):
+            if token in self._abandoned:
+                raise _Unwanted
             self._unflushed.send_again(token)
             self._in_flight.add(token)
             return

@@ -155,6 +155,26 @@ async def test_one_whose_client_is_gone_is_not_sent_again(network: Network, auto
         await second.answer(heard, b"-----")
 
 
+async def test_one_whose_client_goes_while_it_waits_for_a_connection_is_not_sent_again(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    async with opened(network, fence="1s") as (disk, server), trio.open_nursery() as nursery:
+        change = start(nursery, disk.write, 0, memoryview(b"never"))
+        await server.hear()
+        network.trouble = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        server.close()
+        await trio.sleep(10)  # the fence is behind it
+        change.scope.cancel()
+        await wait_all_tasks_blocked()
+        network.trouble = None
+        second = await network.accept()
+        reading = Reading(disk, 0, 5)
+        nursery.start_soon(reading.run)
+        heard = await second.hear()
+        assert heard.command == READ
+        await second.answer(heard, b"-----")
+
+
 async def test_losses_in_which_no_copy_was_under_way_do_not_prolong_the_fence(
     network: Network, autojump_clock: MockClock
 ) -> None:
@@ -187,6 +207,7 @@ async def test_a_second_copy_that_is_lost_is_fenced_too(network: Network, autoju
         heard = await third.hear(limit_s=100)
         assert trio.current_time() - lost_at >= 30
         await third.answer(heard)
+        await wait_all_tasks_blocked()
         await done(third, disk.flush)
 
 
@@ -207,6 +228,7 @@ async def test_a_silent_server_is_given_half_a_fence_while_a_change_is_under_way
         assert 10 <= trio.current_time() - began < 11
         for _ in range(2):
             await second.answer(await second.hear(limit_s=100))
+            await wait_all_tasks_blocked()
         await done(second, disk.flush)
 
 
@@ -272,6 +294,7 @@ async def test_a_flush_vouches_only_for_what_was_answered_before_it(network: Net
         again = await second.hear()
         assert again.data == b"efgh"
         await second.answer(again)
+        await wait_all_tasks_blocked()
         await done(second, disk.flush)
 
 
@@ -331,6 +354,7 @@ async def test_what_a_failed_flush_may_have_dropped_is_sent_again(network: Netwo
         assert isinstance(flushing.raised, PermanentError)
         assert disk.pending_error() is flushing.raised
         await server.answer(again)
+        await wait_all_tasks_blocked()
         await done(server, disk.flush)
         assert disk.pending_error() is None
 
@@ -381,6 +405,7 @@ async def test_when_the_memory_is_full_a_flush_makes_room(network: Network, auto
         heard = await server.hear()
         assert (heard.command, heard.length) == (WRITE, 1 << 20)
         await server.answer(heard)
+        await wait_all_tasks_blocked()
         await done(server, disk.flush)
 
 

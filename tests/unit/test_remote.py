@@ -72,7 +72,12 @@ async def test_an_attempt_that_hangs_ends_at_the_deadline(autojump_clock: MockCl
     [
         ("0", "0", {"on_failure": "hold"}, None),
         ("100", "0", {}, None),
-        ("100", "0", {"on_failure": "hold"}, "aborts a whole mount when one request takes 1.667min: .*or on_failure to error"),
+        (
+            "100",
+            "0",
+            {"on_failure": "hold"},
+            "aborts a whole mount when one request takes 1.667min: .*or on_failure to error",
+        ),
         ("0", "70", {}, "or deadline to less than 1min"),
         ("100", "30", {"deadline": "10s"}, None),
         ("100", "20", {"deadline": "10s"}, "or deadline to less than 10s"),
