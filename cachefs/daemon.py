@@ -31,6 +31,7 @@ from cachefs.fuse.dataplane import Dataplane
 from cachefs.fuse.protocol import MAX_BACKGROUND, Open
 from cachefs.fuse.spill import Spill
 from cachefs.graph import refuse_inside
+from cachefs.nbd.child import kill_servers
 from cachefs.notify import notify
 from cachefs.pool.pool import Pool
 
@@ -209,6 +210,7 @@ class Daemon:
 
 def _leave() -> None:
     log.error("something still hangs in the kernel after the forced stop; leaving it behind")
+    kill_servers()  # one that hangs too would not hear that we have ended
     os._exit(1)
 
 

@@ -157,7 +157,12 @@ class Nbd:
             child = None
             if config.command is not None:
                 child = await stack.enter_async_context(Child.open(name, config.command, env.state_dir))
-            yield await stack.enter_async_context(cls._open_over(name, config, env, dial, child, opened_at))
+            try:
+                backend = await stack.enter_async_context(cls._open_over(name, config, env, dial, child, opened_at))
+            finally:
+                if child is not None:
+                    await child.check_lasted()  # its end explains more than what it led to
+            yield backend
 
     @classmethod
     @asynccontextmanager

@@ -1,7 +1,7 @@
 """An NBD server that we start: a child of the daemon, given a listening unix socket by systemd's protocol (LISTEN_FDS).
 
     <state_dir>/servers/<name>/         mode 0700
-        lock      flock'ed by the daemon that has the child open
+        lock      flock'ed by the daemon that has the child open; its text is the session of the last server
         socket    bound and kept by us: whoever connects while the server is away waits in its queue
 
 The server runs in a session of its own, in the folder `/`. Of our descriptors it has that socket and a pipe, its stderr, which
@@ -24,6 +24,7 @@ import fcntl
 import logging
 import math
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -47,7 +48,6 @@ log = logging.getLogger(__name__)
 GRACE_S = 10.0  # from SIGTERM to SIGKILL: qemu-nbd writes out what it holds of an image's tables
 _FORCED_GRACE_S = 0.3
 _LEFT_BEHIND_GRACE_S = 5.0  # for what a server that has ended left behind
-_LOOK_S = 0.02  # between looks at what is left behind
 _STEADY_S = 30.0  # a server that ran so long begins with short pauses again
 _LONGEST_LINE = 2000
 _BACKLOG = 64
@@ -59,6 +59,15 @@ _PACKAGES = {"qemu-nbd": "qemu-utils", "nbdkit": "nbdkit", "setpriv": "util-linu
 _START = '[ "$PPID" = "$1" ] || exit 1; shift; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
 
 Found = TypeVar("Found")
+
+_groups: set[int] = set()  # process groups of the servers that run, of all disks
+
+
+def kill_servers() -> None:
+    """For a daemon that ends now and cannot wait, in any thread: what its servers were asked for may be lost."""
+    for group in [*_groups]:
+        with contextlib.suppress(OSError):
+            os.killpg(group, signal.SIGKILL)
 
 
 class Child:
@@ -74,7 +83,7 @@ class Child:
         """How the server ended last, a sentence; empty before it has."""
         self._command = [*command]
         self._mark = f"{_MARK}={directory}"
-        self._socket = listening.socket
+        self._listening = listening
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         self._gone = trio.Event()
@@ -111,7 +120,7 @@ class Child:
             child = cls(name, command, directory, listening)
             problem: Exception | None = None
             try:
-                await child._end_predecessors()
+                await _end_all(child._mark, listening.earlier_session, name, GRACE_S)
                 child._start()
                 scope = trio.CancelScope(shield=True)  # a cancelled owner still waits for the end
                 async with trio.open_nursery() as nursery:
@@ -142,7 +151,18 @@ class Child:
             found = await connect()
             self._starting = None
             return found
-        raise StoreError(self.name, f"{self.trouble}{_advice(self.trouble)}")
+        raise self._failure()
+
+    async def check_lasted(self) -> None:
+        """After a disk was opened, or was not. Raises: StoreError when the server that was started first has ended since."""
+        if self._process is not None and _has_ended(self._pidfd):
+            await self._gone.wait()
+        if self.trouble:
+            raise self._failure()
+
+    def _failure(self) -> StoreError:
+        advice = "" if "; it " in self.trouble else "; run that command by hand to see more"
+        return StoreError(self.name, f"{self.trouble}{advice}")
 
     async def end(self, grace_s: float = GRACE_S) -> None:
         """SIGTERM, after *grace_s* SIGKILL. On return the server and its descendants are gone: a fence.
@@ -177,7 +197,7 @@ class Child:
             # this waits for the start of setpriv only, a small local program, and not for that of the command
             self._process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "TERM", "--", *shell, *self._command],
-                stdin=self._socket.fileno(),
+                stdin=self._listening.socket.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 env={**inherited, mark: directory},
@@ -186,7 +206,9 @@ class Child:
             )
         except OSError as exc:
             raise StoreError(self.name, f"cannot start {shlex.join(self._command)}: {exc.strerror}") from exc
+        self._listening.note_session(self._process.pid)
         self._pidfd = os.pidfd_open(self._process.pid)
+        _groups.add(self._process.pid)
         self._gone = trio.Event()
         self._last_lines.clear()
         self.starts += 1
@@ -230,21 +252,15 @@ class Child:
         process = self._process
         assert process is not None
         await trio.lowlevel.wait_readable(self._pidfd)
-        await _end_all(self._mark, self.name, _LEFT_BEHIND_GRACE_S)
+        await _end_all(self._mark, process.pid, self.name, _LEFT_BEHIND_GRACE_S)
+        _groups.discard(process.pid)
         status = process.wait()  # reaped only now: until then its number, which is the group's, is nobody else's
         os.close(self._pidfd)
         self._process, self._pidfd = None, -1
         self._take_lines(at_end=True)
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
         said = "".join(f": {line}" for line in self._last_lines)
-        self.trouble = f"the server ({shlex.join(self._command)}) {how}{said}"
+        self.trouble = f"the server ({shlex.join(self._command)}) {_how_it_ended(status, said)}"
         self._gone.set()
-
-    async def _end_predecessors(self) -> None:
-        if left := await trio.to_thread.run_sync(_marked, self._mark):
-            pids = ", ".join(map(str, left))
-            log.warning("%s: ending the server that an earlier daemon left running (pid %s)", self.name, pids)
-            await _end_all(self._mark, self.name, GRACE_S)
 
     # ---- what it says
 
@@ -275,12 +291,14 @@ def _check_installed(name: str, program: str) -> None:
         raise StoreError(name, f"there is no program {program!r} to start: {todo}")
 
 
-def _advice(trouble: str) -> str:
-    if "socket activation" in trouble:
-        return "; it is given its socket: leave out what names one (-k, -U, -p, -i, -b)"
-    if "exit status 0" in trouble:
-        return "; it must stay in the foreground: leave out --fork and the like"
-    return "; run that command by hand to see more"
+def _how_it_ended(status: int, said: str) -> str:
+    """A sentence from the exit status, as `subprocess` has it, and the last lines of stderr."""
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+    if "socket activation" in said:
+        advice = "; it is given its socket: leave out what names one (-k, -U, -p, -i, -b)"
+    else:
+        advice = "" if status else "; it must stay in the foreground: leave out --fork and the like"
+    return f"{how}{said}{advice}"
 
 
 @dataclass(frozen=True)
@@ -291,6 +309,12 @@ class _Listening:
     path: str
     folder: int
     lock: int
+    earlier_session: int
+    """Of the server that was started last, perhaps by another daemon."""
+
+    def note_session(self, session: int) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not keep a server from starting
+            os.pwrite(self.lock, b"%-20d\n" % session, 0)
 
     def close(self) -> None:
         self.socket.close()
@@ -339,43 +363,61 @@ def _listen_in(name: str, directory: Path) -> _Listening:
             wrong = f"another daemon has a server in {directory}: each mount needs a state_dir of its own"
             raise LockedError(name, wrong) from None
         raise
-    return _Listening(listening, path if len(os.fsencode(path)) <= _LONGEST_ADDRESS else address, folder, lock)
+    if len(os.fsencode(path)) > _LONGEST_ADDRESS:
+        path = address
+    noted = os.pread(lock, 20, 0).strip()
+    return _Listening(listening, path, folder, lock, int(noted) if noted.isdigit() else 0)
 
 
 # ---- the descendants of a server
 
 
-def _marked(mark: str) -> list[int]:
-    """The processes that have *mark* in their environment; one that has ended has none. Blocks for milliseconds."""
-    wanted, found = mark.encode(), []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if wanted in Path(entry.path, "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-    return found
-
-
-async def _end_all(mark: str, name: str, grace_s: float) -> None:
-    """Until there is no process with *mark* any more: SIGTERM once, after *grace_s* SIGKILL."""
-    signalled: set[int] = set()
+async def _end_all(mark: str, session: int, name: str, grace_s: float) -> None:
+    """Until no process is left that has *mark*: SIGTERM, after *grace_s* SIGKILL. Each is waited for to its very end."""
     kill_at = trio.current_time() + grace_s
-    while left := await trio.to_thread.run_sync(_marked, mark):
-        is_late = trio.current_time() >= kill_at
-        for pid in left:
-            if is_late or pid not in signalled:
-                log.info("%s: ending process %d, which a server left behind", name, pid)
-                _signal_marked(pid, mark, signal.SIGKILL if is_late else signal.SIGTERM)
-        signalled.update(left)
-        await trio.sleep(_LOOK_S)
-
-
-def _signal_marked(pid: int, mark: str, number: signal.Signals) -> None:
-    """By pidfd: the number may have become somebody else's."""
-    with contextlib.suppress(OSError):
-        pidfd = os.pidfd_open(pid)
+    number = signal.SIGTERM
+    while left := await trio.to_thread.run_sync(_signal_left, mark, session, number):
+        log.info("%s: sent %s to what a server left behind: pid %s", name, number.name, ", ".join(map(str, left)))
         try:
-            if mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                signal.pidfd_send_signal(pidfd, number)
+            with trio.move_on_at(kill_at if number is signal.SIGTERM else math.inf):
+                for pidfd in left.values():
+                    await trio.lowlevel.wait_readable(pidfd)
         finally:
-            os.close(pidfd)
+            for pidfd in left.values():
+                os.close(pidfd)
+        if trio.current_time() >= kill_at:
+            number = signal.SIGKILL
+
+
+def _signal_left(mark: str, session: int, number: signal.Signals) -> dict[int, int]:
+    """Send *number* to each process that has *mark* in its environment. Blocks for milliseconds.
+
+    Returns: pid -> pidfd of each that has not ended, with those of *session* that are about to: they have no environment any
+    more, and may still write.
+    """
+    pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
+    held = ((pid, _hold(pid, mark, session, number)) for pid in pids)
+    return {pid: pidfd for pid, pidfd in held if pidfd is not None}
+
+
+def _hold(pid: int, mark: str, session: int, number: signal.Signals) -> int | None:
+    try:
+        pidfd = os.pidfd_open(pid)  # before the look: what is seen is this process, and none that has its number later
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):  # it has gone, or is somebody else's
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+        is_marked = mark.encode() in environment.split(b"\0")
+        if (is_marked or (not environment and os.getsid(pid) == session)) and not _has_ended(pidfd):
+            if is_marked:
+                signal.pidfd_send_signal(pidfd, number)
+            return pidfd
+    os.close(pidfd)
+    return None
+
+
+def _has_ended(pidfd: int) -> bool:
+    """With all of its threads, reaped or not."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

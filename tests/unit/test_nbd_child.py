@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,16 @@ async def served(child: Child) -> Any:
 
 
 def is_there(pid: int) -> bool:
-    """Running, not merely waiting to be reaped."""
+    """Not ended yet, with all of its threads; reaped or not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
         return False
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    ended = poll.poll(0)
+    os.close(pidfd)
+    return not ended
 
 
 def children_of(pid: int) -> list[int]:
@@ -256,41 +262,49 @@ trio.run(main)
 """
 
 
-def start_daemon(state_dir: Path, command: list[str]) -> tuple[subprocess.Popen[str], int]:
-    daemon = subprocess.Popen(
-        [sys.executable, "-c", DAEMON, str(state_dir), *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert daemon.stdout is not None
-    return daemon, int(daemon.stdout.readline())
+Daemons = Callable[[Path, list[str]], tuple["subprocess.Popen[str]", int]]
+
+
+@pytest.fixture
+def start_daemon() -> Iterator[Daemons]:
+    """`start_daemon(state_dir, command)`: a process that has opened a child, and the pid of that."""
+    started = []
+
+    def start(state_dir: Path, command: list[str]) -> tuple[subprocess.Popen[str], int]:
+        words = [sys.executable, "-c", DAEMON, str(state_dir), *command]
+        daemon = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        started.append(daemon)
+        assert daemon.stdout is not None
+        return daemon, int(daemon.stdout.readline())
+
+    yield start
+    for daemon in started:
+        with daemon:
+            daemon.kill()
 
 
 @pytest.mark.slow
 def test_server_ends_when_its_daemon_is_killed(
-    tmp_path: Path, server: Callable[..., list[str]], wait_until: Callable[..., Any]
+    tmp_path: Path, server: Callable[..., list[str]], start_daemon: Daemons, wait_until: Callable[..., Any]
 ) -> None:
     daemon, pid = start_daemon(tmp_path, server())
-    with daemon:
-        assert is_there(pid)
-        daemon.kill()
+    assert is_there(pid)
+    daemon.kill()
     wait_until(lambda: not is_there(pid), "the end of the server")
 
 
 @pytest.mark.slow
-@pytest.mark.logs("ending the server that an earlier daemon left running")
 async def test_what_a_killed_daemon_left_is_gone_before_the_next_one_serves(
-    tmp_path: Path, server: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Callable[..., list[str]], start_daemon: Daemons, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cachefs.nbd.child.GRACE_S", 0.1)
     daemon, pid = start_daemon(tmp_path, server())
-    with daemon:
-        os.kill(pid, signal.SIGSTOP)  # SIGTERM does not reach it
-        with pytest.raises(LockedError, match="each mount needs a state_dir of its own"):
-            async with Child.open("vm/nbd", server(), tmp_path):
-                pass
-        daemon.kill()
+    os.kill(pid, signal.SIGSTOP)  # SIGTERM does not reach it
+    with pytest.raises(LockedError, match="each mount needs a state_dir of its own"):
+        async with Child.open("vm/nbd", server(), tmp_path):
+            pass
+    daemon.kill()
+    await trio.to_thread.run_sync(daemon.wait)
     assert is_there(pid)
     async with Child.open("vm/nbd", server(), tmp_path) as child:
         assert not is_there(pid)
