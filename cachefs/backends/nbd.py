@@ -21,7 +21,7 @@ import shlex
 import ssl
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Annotated
 
@@ -130,6 +130,7 @@ class Nbd:
         self._risky_timeout_s = config.timeout if child is not None else max(config.timeout, config.fence / 2)
         self._hung = trio.Event()
         self._ending = trio.Lock()
+        self._last_flush = trio.CancelScope(shield=True)
         self._insistence = config.insistence(name, self._trouble)
         self._client = Client(
             name,
@@ -189,7 +190,7 @@ class Nbd:
                     try:
                         yield backend
                     finally:
-                        problem = await backend._flush_at_last(env.forced_stop)
+                        problem = await backend._flush_at_last()
         if problem is not None:
             raise problem
 
@@ -213,27 +214,29 @@ class Nbd:
         return self._recovery
 
     async def _stop_when_forced(self, forced_stop: trio.Event) -> None:
+        """All disks flush at once then: they are closed one after the other, and a dead store must not cost each its time."""
         await forced_stop.wait()
-        await trio.sleep(_FORCED_S)
+        ends_at = trio.current_time() + _FORCED_S
+        with trio.move_on_at(ends_at) as scope, suppress(BackendError):  # who closes the disk sees it too
+            await self.flush()
+        await trio.sleep_until(ends_at)
         self._client.drop_all("the stop was forced")
-
-    async def _flush_at_last(self, forced_stop: trio.Event) -> BackendError | None:
-        """What the last flush failed with."""
-
-        async def give_up_when_forced() -> None:
-            await forced_stop.wait()
-            scope.deadline = trio.current_time() + _FORCED_S
-
-        error: BackendError | None = None
-        with trio.CancelScope(shield=True) as scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(give_up_when_forced)
-                try:
-                    await self.flush()
-                except BackendError as exc:
-                    error = exc
-                nursery.cancel_scope.cancel()
         if scope.cancelled_caught:
+            self._last_flush.cancel()
+        else:
+            self._last_flush.deadline = trio.current_time() + _FORCED_S
+
+    async def _flush_at_last(self) -> BackendError | None:
+        """What the last flush failed with."""
+        error: BackendError | None = None
+        if self._recovery.is_flushed:
+            return None
+        with self._last_flush:
+            try:
+                await self.flush()
+            except BackendError as exc:
+                error = exc
+        if self._last_flush.cancelled_caught:
             error = TransientError(self.name, f"the last flush was given up: {self._client.trouble}")
         if error is not None:
             log.error("%s: the last flush failed: %s", self.name, error.detail)

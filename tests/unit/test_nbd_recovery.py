@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -590,6 +591,37 @@ async def test_a_forced_stop_gives_up_what_is_under_way_and_the_last_flush(
     assert "the last flush was given up" in str(caught.value.exceptions[0])
     assert not writing.is_done
     assert trio.current_time() - began < 1.5
+
+
+@pytest.mark.logs("the last flush failed: .*given up")
+async def test_a_forced_stop_of_several_disks_takes_no_longer_than_of_one(autojump_clock: MockClock) -> None:
+    """Disks are closed one after the other; each gave its dead store half a second of its own."""
+    forced = trio.Event()
+
+    async def stop_all() -> None:
+        async with AsyncExitStack() as stack:
+            for _ in range(8):
+                disk, server = await stack.enter_async_context(opened(Network(), forced_stop=forced, on_failure="hold"))
+                await done(server, disk.write, 8, memoryview(b"kept"))
+            forced.set()
+            began.append(trio.current_time())
+
+    began: list[float] = []
+    with pytest.raises(ExceptionGroup):
+        await stop_all()
+    assert trio.current_time() - began[0] < 1
+
+
+async def test_a_forced_stop_still_flushes_what_can_be(network: Network, autojump_clock: MockClock) -> None:
+    forced = trio.Event()
+    async with opened(network, forced_stop=forced) as (disk, server):
+        await done(server, disk.write, 8, memoryview(b"kept"))
+        forced.set()
+        heard = await server.hear()
+        assert heard.command == FLUSH
+        await server.answer(heard)
+        await wait_all_tasks_blocked()
+        assert disk.try_flush(lambda error: None)
 
 
 # ---- the memory
