@@ -93,6 +93,9 @@ class Trace:
     def try_flush(self, done: Done) -> bool:
         return self.child.try_flush(done)
 
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        return self.child.try_extent(offset, length)
+
     async def write(self, offset: int, data: memoryview) -> None:
         await self.child.write(offset, data)
 

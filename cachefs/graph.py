@@ -44,6 +44,8 @@ async def open_stack(
         child = edge(await stack.enter_async_context(backend.open(bottom.options, backend_env)))
     else:
         child = bottom
+    used = [spec.options.pool for spec in layers if isinstance(spec.options, CacheConfig)]
+    env = replace(env, pool=env.pools[used[0]] if used else None)
     for spec in reversed(layers):
         layer = cast("OpenLayer", LAYERS[spec.kind])
         child = edge(await stack.enter_async_context(layer.open(spec.options, child, env)))

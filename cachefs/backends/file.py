@@ -181,6 +181,10 @@ class File:
         except OSError as exc:
             raise from_os_error(exc, self.name, f"SEEK_DATA at {offset} of {self._path}") from exc
 
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        # SEEK_DATA may have to read the file's own map from the disk
+        return Extent(offset, length, ExtentKind.DATA) if self._is_device else None
+
     async def prefetch(self, offset: int, length: int) -> None:
         await self._file.run(os.posix_fadvise, self._file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 

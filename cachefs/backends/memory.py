@@ -104,6 +104,10 @@ class Memory:
         )
         return merge_extents(found)[:limit]
 
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        index, _, _, count = next(self._parts(offset, length))
+        return Extent(offset, count, ExtentKind.DATA if index in self._chunks else ExtentKind.HOLE)
+
     async def prefetch(self, offset: int, length: int) -> None:
         """Everything is here."""
 

@@ -394,6 +394,9 @@ class Nbd:
         clipped = [_clip(extent, offset, offset + length) for extent in answered.extents]
         return [extent for extent in clipped if extent.length > 0][:limit]
 
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        return None
+
     async def prefetch(self, offset: int, length: int) -> None:
         """The server is not asked to: what it reads ahead is its own affair."""
 

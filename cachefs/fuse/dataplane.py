@@ -6,9 +6,9 @@ says False, or where a request has to wait by nature, `cachefs.fuse.waiting` tak
 
 Traps, each of which has its test: O_DIRECT + O_DSYNC sends no FSYNC, so such a WRITE is flushed before its reply. FLUSH is
 close(): it reports pending errors and flushes nothing. While an FSYNC, FALLOCATE or LSEEK waits the kernel lets no write of
-that file through, so an LSEEK that waited LSEEK_PATIENCE_S answers "data". A WRITE that crosses the end is short, one past
-it EFBIG (ENOSPC would pause a guest for ever). An INTERRUPT is a hint that says nothing about whether its sender has died;
-it needs no reply and gets none.
+that file through, so an LSEEK is answered after LSEEK_PATIENCE_S: what is not known by then counts as data. A WRITE that
+crosses the end is short, one past it EFBIG (ENOSPC would pause a guest for ever). An INTERRUPT is a hint that says nothing
+about whether its sender has died; it needs no reply and gets none.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import trio
 
 from cachefs.disk import Disk
 from cachefs.errors import CachefsError
-from cachefs.extent import ExtentKind
+from cachefs.extent import Extent, ExtentKind
 from cachefs.fuse.boundary import Boundary
 from cachefs.fuse.buffers import BODY_AT, DATA_AT, REPLY_AT, REQUEST_AT, Buffer, BufferPool
 from cachefs.fuse.protocol import (
@@ -53,11 +54,47 @@ log = logging.getLogger(__name__)
 
 O_SYNCS = os.O_DSYNC | os.O_SYNC
 LSEEK_PATIENCE_S = 2.0
+LSEEK_LOOKS = 256  # extents that one LSEEK passes on the loop
 SEEK_DATA, SEEK_HOLE = os.SEEK_DATA, os.SEEK_HOLE
 
 READ, WRITE, FSYNC, FLUSH = int(Opcode.READ), int(Opcode.WRITE), int(Opcode.FSYNC), int(Opcode.FLUSH)
 FALLOCATE, LSEEK, INTERRUPT = int(Opcode.FALLOCATE), int(Opcode.LSEEK), int(Opcode.INTERRUPT)
 DATA_OPCODES = frozenset((READ, WRITE, FSYNC, FLUSH, FALLOCATE, LSEEK, INTERRUPT))
+
+
+class _Sought(NamedTuple):
+    """What an LSEEK found; None: there is no more data."""
+
+    offset: int | None
+
+    def reply(self, unique: int) -> bytes:
+        if self.offset is None:
+            return error_reply(unique, errno.ENXIO)
+        return LSEEK_REPLY.pack(LSEEK_REPLY.size, 0, unique, self.offset)
+
+
+class _Seek:
+    """The search for the next data or hole of a disk of *size* bytes. at: up to there it has not been found."""
+
+    def __init__(self, size: int, offset: int, whence: int) -> None:
+        self._size = size
+        self._wants_data = whence == SEEK_DATA
+        self._begin = self.at = offset
+
+    def pass_(self, extent: Extent) -> _Sought | None:
+        """*extent* begins at `at`: the answer if it has it, else go on behind it. A hole is at the end at last."""
+        if (extent.kind is ExtentKind.DATA) == self._wants_data:
+            return _Sought(extent.offset)
+        self.at = extent.end
+        if self.at < self._size:
+            return None
+        return _Sought(None if self._wants_data else self._size)
+
+    def give_up(self) -> _Sought:
+        """What is not known counts as data; a hole of no length ends what is known to be some."""
+        if self._wants_data or self.at > self._begin:
+            return _Sought(self.at)
+        return _Sought(self._size)
 
 
 class Dataplane:
@@ -174,6 +211,10 @@ class Dataplane:
             return self._refuse(unique, errno.EINVAL)
         if offset >= disk.size:
             return self._refuse(unique, errno.ENXIO)
+        found = self._try_seek(disk, offset, whence)
+        if found is not None:
+            self.reply(found.reply(unique))
+            return True
         return self._later(Request(disk, opcode, unique, self._pid(buffer.view), offset, 0, whence), buffer)
 
     def _handle_fsync(self, request: Request, buffer: Buffer) -> bool:
@@ -252,26 +293,28 @@ class Dataplane:
             await request.disk.top.flush()
         return WRITE_REPLY.pack(WRITE_REPLY.size, 0, request.unique, request.size, 0)
 
-    async def _lseek(self, disk: Disk, unique: int, offset: int, whence: int) -> bytes:
-        found: int | None = offset if whence == SEEK_DATA else disk.size
-        with trio.move_on_after(LSEEK_PATIENCE_S):
-            found = await self._seek(disk, offset, whence)
-        if found is None:
-            return error_reply(unique, errno.ENXIO)
-        return LSEEK_REPLY.pack(LSEEK_REPLY.size, 0, unique, found)
-
     @staticmethod
-    async def _seek(disk: Disk, offset: int, whence: int) -> int | None:
-        """The next data or hole at or behind *offset*; None when there is no more data. A hole is at the end at last."""
-        limit = 4  # the answer is mostly the first or second extent
-        while offset < disk.size:
-            extents = await disk.top.extents(offset, disk.size - offset, limit)
-            limit = min(1024, limit * 4)
-            for extent in extents:
-                if (extent.kind is ExtentKind.DATA) == (whence == SEEK_DATA):
-                    return extent.offset
-            offset = extents[-1].end
-        return None if whence == SEEK_DATA else disk.size
+    def _try_seek(disk: Disk, offset: int, whence: int) -> _Sought | None:
+        """The answer of an LSEEK as far as it is known at once."""
+        seek = _Seek(disk.size, offset, whence)
+        for _ in range(LSEEK_LOOKS):
+            extent = disk.top.try_extent(seek.at, disk.size - seek.at)
+            if extent is None:
+                break
+            if (found := seek.pass_(extent)) is not None:
+                return found
+        return None
+
+    async def _lseek(self, disk: Disk, unique: int, offset: int, whence: int) -> bytes:
+        seek = _Seek(disk.size, offset, whence)
+        with trio.move_on_after(LSEEK_PATIENCE_S):
+            limit = 4  # the answer is mostly the first or second extent
+            while True:
+                for extent in await disk.top.extents(seek.at, disk.size - seek.at, limit):
+                    if (found := seek.pass_(extent)) is not None:
+                        return found.reply(unique)
+                limit = min(1024, limit * 4)
+        return seek.give_up().reply(unique)
 
     # ---- replies
 

@@ -2,8 +2,10 @@
 
 from cachefs.layers.cache import Cache
 from cachefs.layers.cow import Cow
+from cachefs.layers.extents import Extents
 
 LAYERS = {
     "cow": Cow,
     "cache": Cache,
+    "extents": Extents,
 }

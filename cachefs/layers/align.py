@@ -115,6 +115,13 @@ class Align:
     async def flush(self) -> None:
         await self.child.flush()
 
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        start = align_down(offset, self._unit)
+        found = self.child.try_extent(start, min(align_up(offset + length, self._unit), self._size) - start)
+        if found is None or found.end <= offset:
+            return None
+        return Extent(offset, min(found.end, offset + length) - offset, found.kind)
+
     async def extents(self, offset: int, length: int, limit: int = 1024) -> list[Extent]:
         start = align_down(offset, self._unit)
         end = min(align_up(offset + length, self._unit), self._size)

@@ -9,7 +9,7 @@ verbs on it. Promises, for every layer:
   kernel runs to its end before the cancellation is delivered;
 - `try_read_into` and `try_write` are plain functions: they finish the request on the event loop and return True, or
   return False having changed nothing that the async operation would not do again. They take no lock and need none,
-  because between look-up and I/O nobody else runs.
+  because between look-up and I/O nobody else runs. `try_extent` is the same for what is known of a range.
 
 Offsets and lengths are bytes. Edges are checked once, by `cachefs.layers.checked`, which the graph puts on every edge:
 a layer may rely on bounds, alignment and capabilities.
@@ -105,6 +105,7 @@ class Environment:
     """What the graph tells a layer that opens. owner: "vm1" or the image's name; writable: may the store be changed.
 
     forced_stop: set when nothing is to be waited for any more.
+    pool: that of the cache in the same stack, if there is one.
     """
 
     owner: str
@@ -112,6 +113,7 @@ class Environment:
     writable: bool = True
     pools: Mapping[str, Pool] = field(default_factory=dict)
     forced_stop: trio.Event = field(default_factory=trio.Event)
+    pool: Pool | None = None
 
 
 class Layer(Protocol):
@@ -127,6 +129,9 @@ class Layer(Protocol):
     def try_write(self, offset: int, data: memoryview) -> bool: ...
     def try_flush(self, done: Done) -> bool:
         """Begin what `flush` does and have *done* told its end, in any thread; or return False, done nothing."""
+
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        """The extent that the range begins with, clipped to it; or a part of it. None: that is not known at once."""
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill all of *buffer* or raise."""
@@ -183,3 +188,6 @@ class Slow:
 
     def try_flush(self, done: Done) -> bool:
         return False
+
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        return None

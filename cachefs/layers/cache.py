@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 MAX_FETCH = MAX_IO
 JOINED_AHEAD = 512 << 10  # what is read ahead goes along with its request up to this length
 EXTENTS_AT_ONCE = 128
+LOOK_BLOCKS = 1 << 20  # that one look for the end of a run of zeros may cover: it runs on the loop
 _NO_PLAN = Plan(0, False, 0)
 _ZEROS = memoryview(bytes(MAX_IO))
 
@@ -405,7 +406,45 @@ class Cache:
     # ---- the rest
 
     async def extents(self, offset: int, length: int, limit: int = 1024) -> list[Extent]:
-        return await self.child.extents(offset, length, limit)
+        if (own := self._zeros_at(offset, length)) is not None:
+            return [own]
+        end = self._next_zeros(offset, length)
+        try:
+            return await self.child.extents(offset, end - offset, limit)
+        except CachefsError:
+            # What the pool holds is served while nothing answers below; so is what it knows of it.
+            held = self._held_at(offset, end)
+            if held is None:
+                raise
+            return [held]
+
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        if (own := self._zeros_at(offset, length)) is not None:
+            return own
+        return self.child.try_extent(offset, self._next_zeros(offset, length) - offset)
+
+    def _zeros_at(self, offset: int, length: int) -> Extent | None:
+        """The blocks from *offset* on that the pool knows to be zeros, though the child may hold them as data."""
+        block = offset >> self._shift
+        if not self._zero[block]:
+            return None
+        last = ((offset + length - 1) >> self._shift) + 1
+        until = self._zero.find(0, block, min(last, block + LOOK_BLOCKS))
+        end = min(offset + length, (min(last, block + LOOK_BLOCKS) if until < 0 else until) << self._shift)
+        return Extent(offset, end - offset, ExtentKind.ZERO)
+
+    def _next_zeros(self, offset: int, length: int) -> int:
+        """Where the next such blocks begin, or the end of the range."""
+        block, end = offset >> self._shift, offset + length
+        until = self._zero.find(1, block, ((end - 1) >> self._shift) + 1)
+        return end if until < 0 else until << self._shift
+
+    def _held_at(self, offset: int, end: int) -> Extent | None:
+        """The blocks from *offset* on whose data the pool holds."""
+        part = next(self.image.map.parts(offset >> self._shift, ((end - 1) >> self._shift) + 1))
+        if part.state is not State.DATA:
+            return None
+        return Extent(offset, min(end, part.end << self._shift) - offset, ExtentKind.DATA)
 
     async def prefetch(self, offset: int, length: int) -> None:
         length = min(length, self.image.pool.room_for_hints())

@@ -89,6 +89,13 @@ class Checked:
         self.flushes -= 1
         return False
 
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        if offset < 0 or length <= 0 or offset + length > self._size:
+            return None  # the slow path looks closer
+        if Caps.EXTENTS not in self.child.caps:
+            return Extent(offset, length, ExtentKind.DATA)
+        return self.child.try_extent(offset, length)
+
     # ---- slow path
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:

@@ -40,7 +40,9 @@ from cachefs.store.files import Header, StoreLock
 from cachefs.store.mapfile import read_header
 from cachefs.units import LocalPath, Size, format_size, is_power_of_two, split_aligned
 
+LOOK_SPAN = 1 << 30  # bytes that one look for the end of a run may cover: it runs on the loop
 _ZEROS = bytes(1 << 20)
+_KINDS = {State.DATA: ExtentKind.DATA, State.ZERO: ExtentKind.ZERO}
 
 
 def _check_block_size(value: int) -> int:
@@ -281,20 +283,20 @@ class Cow:
 
     async def extents(self, offset: int, length: int, limit: int = 1024) -> list[Extent]:
         # No pin: nothing is taken from the overlay's file, and the child may take its time.
-        found: list[Extent] = []
-        for run in self._first_runs(offset, length, limit):
-            if run.state is State.DATA:
-                found.append(Extent(run.offset, run.length, ExtentKind.DATA))
-            elif run.state is State.ZERO:
-                found.append(Extent(run.offset, run.length, ExtentKind.ZERO))
-            else:
-                below = await self.child.extents(run.offset, run.length, max(1, limit - len(found)))
-                found.extend(below)
-                if below[-1].end < run.offset + run.length:
-                    break  # the child told a prefix; so do we
-            if len(found) >= limit:
-                break
-        return merge_extents(found)
+        runs = self._first_runs(offset, length, limit)
+        absent = next((run.offset for run in runs if run.state is State.ABSENT), None)
+        if absent is None:
+            return _merge(runs, [])[:limit]
+        # Asked once for all absent runs: between them may lie thousands of others, and each question may go to a server.
+        below = await self.child.extents(absent, offset + length - absent, limit)
+        # Looked up anew: blocks may have been written meanwhile. None has become absent, so the answer begins early enough.
+        return _merge(self._first_runs(offset, length, limit), below)[:limit]
+
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        run = next(self._map.runs(offset, min(length, LOOK_SPAN)))
+        if run.state is State.ABSENT:
+            return self.child.try_extent(offset, run.length)
+        return Extent(offset, run.length, _KINDS[run.state])
 
     def _first_runs(self, offset: int, length: int, limit: int) -> list[Run]:
         runs = []
@@ -325,6 +327,27 @@ class Cow:
         if self._limit is not None:
             values["limit_bytes"] = self._limit
         return Statistics(self.name, values, self.child.statistics())
+
+
+def _merge(runs: list[Run], below: list[Extent]) -> list[Extent]:
+    """What *runs* hold, the absent ones as *below* says, up to the first byte of which that says nothing."""
+    found: list[Extent] = []
+    answers = iter(below)
+    answer = next(answers, None)
+    for run in runs:
+        end = run.offset + run.length
+        if run.state is not State.ABSENT:
+            found.append(Extent(run.offset, run.length, _KINDS[run.state]))
+            continue
+        at = run.offset
+        while at < end:
+            while answer is not None and answer.end <= at:
+                answer = next(answers, None)
+            if answer is None:
+                return merge_extents(found)
+            found.append(Extent(at, min(answer.end, end) - at, answer.kind))
+            at = found[-1].end
+    return merge_extents(found)
 
 
 def _is_zero(data: memoryview) -> bool:

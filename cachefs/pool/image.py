@@ -133,6 +133,7 @@ class PoolImage:
         self.users = 0
         self.settled = False
         self.is_damaged = False  # a part of the map could not be read
+        self.holes_bytes = 0  # that the file of what is known of its extents takes, see `cachefs.pool.holes`
         self.unowned = 0  # bytes in the data file that no block of the map accounts for
         self.reading = Health("reading")
         self.writing = Health("writing")

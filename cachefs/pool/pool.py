@@ -5,6 +5,7 @@
     <path>/lock             flock'ed by the process that has the pool open; there is never more than one
     <path>/images/<digest>  a store (`cachefs.store.files`) for each image; the digest is of the image's identity
     <path>/images/<digest>/label    whose image it was first, for people
+    <path>/images/<digest>/extents  what is known of its holes (`cachefs.pool.holes`)
 
 Every image in the directory is opened, used or not: the space of all of them counts, and may be evicted. An image that is
 attached under a label whose earlier image has another identity drops that one: its base has changed.
@@ -38,6 +39,7 @@ from cachefs.errors import FormatError, StoreError, VersionError
 from cachefs.pool import summap
 from cachefs.pool.account import FIXED_BYTES, LARGEST_INSTALL, Account
 from cachefs.pool.evict import BLOCK_MASK, KEY_SHIFT, RING_SHARE, STEPS_PER_CALL, Never, Policy, Sieve
+from cachefs.pool.holes import room_on_disk
 from cachefs.pool.image import INSTALLERS, Flight, PoolImage
 from cachefs.pool.summap import PAGE_SIZE
 from cachefs.store import files
@@ -173,7 +175,13 @@ class Pool:
         self.account.give_back(self._room_of(image))
 
     def _room_of(self, image: PoolImage) -> int:
-        return (image.map.held << image.shift) + image.map.pages * PAGE_SIZE + FIXED_BYTES + image.unowned
+        return (
+            (image.map.held << image.shift)
+            + image.map.pages * PAGE_SIZE
+            + FIXED_BYTES
+            + image.holes_bytes
+            + image.unowned
+        )
 
     # ---- room
 
@@ -390,6 +398,7 @@ class Pool:
                 await trio.to_thread.run_sync(shutil.rmtree, path, True)
                 continue
             image = PoolImage(self, path, read_label(path), header, *opened)
+            image.holes_bytes = await trio.to_thread.run_sync(room_on_disk, path)
             try:
                 await trio.to_thread.run_sync(image.load)
             except OSError as exc:

@@ -72,6 +72,14 @@ class Faults(Wrapper):
         self._meet("flush")
         return self.child.try_flush(done)
 
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        if self._bars_fast_path("extents", offset, length):
+            return None
+        found = self.child.try_extent(offset, length)
+        if found is not None:
+            self._meet("extents", offset, length)
+        return found
+
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         self._meet("read_into", offset, len(buffer))
         await self.child.read_into(offset, buffer)

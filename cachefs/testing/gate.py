@@ -154,6 +154,9 @@ class Gate(_Holds, Wrapper):
     def try_flush(self, done: Done) -> bool:
         return not self._bars_fast_path("flush", 0, EVERYWHERE) and self.child.try_flush(done)
 
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        return None if self._bars_fast_path("extents", offset, length) else self.child.try_extent(offset, length)
+
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         held = await self._before("read_into", offset, len(buffer))
         await self.child.read_into(offset, buffer)

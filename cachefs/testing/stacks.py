@@ -28,6 +28,7 @@ from cachefs.layers.base import Environment, Layer
 from cachefs.layers.cache import Cache, CacheConfig
 from cachefs.layers.checked import Checked
 from cachefs.layers.cow import Cow, CowConfig
+from cachefs.layers.extents import ExtentsConfig
 from cachefs.pool.pool import open_pool
 from cachefs.testing.gate import FileGate, Gate
 from cachefs.testing.nbdserver import serve_image
@@ -229,6 +230,10 @@ def cache_layer(mode: str = "read-only") -> tuple[LayerSpec, ...]:
     return (LayerSpec("cache", CacheConfig.model_validate({"pool": "node", "mode": mode}), "layers[0].cache"),)
 
 
+def extents_layer(**options: object) -> tuple[LayerSpec, ...]:
+    return (LayerSpec("extents", ExtentsConfig.model_validate(options), "layers[0].extents"),)
+
+
 SMALL_QUOTA = 160 << 10  # room for a few blocks of 4 KiB: it evicts all the time
 
 
@@ -255,6 +260,13 @@ def _own_cases(size: int) -> Iterator[Case]:
     yield Case("cow-cache", size, cow_layer() + cache_layer())
     yield Case("cow-cache-small", size, cow_layer() + cache_layer(), quota=SMALL_QUOTA, block_size=4096)
     yield Case("cache-align", size, cow_layer() + cache_layer(), alignment=4096, block_size=4096)
+    yield Case("extents", size, extents_layer())
+    yield Case("extents-file", size, extents_layer(), backend="file", on_disk=True)
+    yield Case("extents-align", size, extents_layer(), alignment=4096)
+    yield Case("extents-cow", size, extents_layer() + cow_layer(block_size="64KiB"))
+    yield Case("cow-extents-nbd", size, cow_layer() + extents_layer(), backend="nbd")
+    yield Case("cow-cache-extents", size, cow_layer() + cache_layer() + extents_layer(), block_size=4096)
+    yield Case("cache-through-extents", size, cache_layer("write-through") + extents_layer(), backend="file")
     yield Case("cow-on-disk", size, cow_layer(), backend="file", on_disk=True)
 
 

@@ -14,7 +14,7 @@ OPERATIONS = (
     "try_read_into",
     "try_write",
     "try_flush",
-    "try_flush",
+    "try_extent",
     "read_into",
     "write",
     "flush",
@@ -47,6 +47,9 @@ class Wrapper:
 
     def try_flush(self, done: Done) -> bool:
         return self.child.try_flush(done)
+
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        return self.child.try_extent(offset, length)
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         await self.child.read_into(offset, buffer)

@@ -14,8 +14,9 @@ import pytest
 import xxhash
 
 from cachefs import survivor
+from cachefs.extent import Extent, ExtentKind
 from cachefs.nbd import unflushed
-from cachefs.pool import pool, summap
+from cachefs.pool import holes, pool, summap
 from cachefs.pool.pool import POOL_IMAGE
 from cachefs.store import blockmap, files, sectors
 from cachefs.store.identity import Identity
@@ -226,3 +227,24 @@ def test_slot_of_an_unflushed_change_is_as_described() -> None:
     ]
     assert "40 *S*" in (FORMATS / "survivor.md").read_text()
     assert unflushed._SLOT.size == 40
+
+
+def test_file_of_extents_is_as_described() -> None:
+    rows = table("pool.md", "Extents")
+    assert follows(rows)
+    assert [(offset, length) for offset, length, _ in rows] == fields(holes.HEAD)
+    assert f"| {holes.HEAD.size} | | Identity of the base" in (FORMATS / "pool.md").read_text()
+    assert f"Format version: {holes.VERSION}" in [row[2] for row in rows]
+    assert repr(holes.MAGIC.decode())[1:-1] in rows[0][2]
+    assert fields(holes.RUN) == [(0, 8), (8, 8)]
+    assert holes.RUN.size == 16
+
+
+def test_runs_of_a_file_of_extents_lie_where_the_table_says() -> None:
+    base = Identity("file", {"inode": "7"})
+    runs = [(0, 4096, ExtentKind.DATA), (1 << 36, 5, ExtentKind.ZERO), (1 << 37, 6, ExtentKind.HOLE)]
+    content = holes.encode(base, 1 << 40, [Extent(*run) for run in runs])
+    count, length = struct.unpack_from("<II", content, 24)
+    assert (count, content[32 : 32 + length]) == (3, b'{"facts": {"inode": "7"}, "kind": "file"}')
+    assert content[32 + length :] == struct.pack("<6Q", 0, 4096 << 2, 1 << 36, 5 << 2 | 1, 1 << 37, 6 << 2 | 2)
+    assert int.from_bytes(content[8:12], "little") == zlib.crc32(content[12:])

@@ -3,7 +3,7 @@
     layers:
       - faulty: {rules: ["OPERATION OFFSET WHAT", "OPERATION OFFSET WHAT once", ...]}
 
-OPERATION: try_read, try_write, try_flush, read, write, flush, trim, zero, extents, pending_error, allocated_bytes,
+OPERATION: try_read, try_write, try_flush, try_extent, read, write, flush, trim, zero, extents, pending_error, allocated_bytes,
 statistics, open or close. OFFSET: the number of the request's first byte, or * for any. WHAT: RuntimeError,
 CachefsError (EIO), ENOSPC and ENOSYS (CachefsErrors of that errno), OSError (errno ENOSYS), ExceptionGroup; or hang: the
 request waits until the daemon gets SIGUSR1, after which none waits any more until SIGUSR2. A rule with `once` counts for
@@ -115,6 +115,12 @@ class Faulty:
         if any(rule[0] == "flush" for rule in self.rules):
             return False
         return self.child.try_flush(done)
+
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        self.meet_now("try_extent", offset)
+        if any(rule[0] == "extents" for rule in self.rules):
+            return None
+        return self.child.try_extent(offset, length)
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         await self.meet("read", offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ CONTENT = b"the image's own bytes".ljust(4096, b".")
 def example(tmp_path: Path) -> Iterator[Path]:
     """A copy, with images and a server where it names some."""
     copy = tmp_path / "config.yaml"
-    copy.write_text(EXAMPLE.read_text().replace("/run/nbd/remote.sock", f"{tmp_path}/remote.sock"))
+    copy.write_text(EXAMPLE.read_text().replace("/run/nbd/", f"{tmp_path}/"))
     config = load(copy)
     backends = [image.backend for image in config.images.values()]
     backends += [disk.backend for disk in config.disks.values() if disk.backend is not None]
@@ -36,9 +37,12 @@ def example(tmp_path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(CONTENT)
             os.truncate(path, SIZE)
-    (tmp_path / "remote.raw").write_bytes(CONTENT)
-    os.truncate(tmp_path / "remote.raw", SIZE)
-    with serve_image(tmp_path / "remote.raw", tmp_path / "remote.sock"):
+    with ExitStack() as servers:
+        for name in ("remote", "volume"):
+            image = tmp_path / f"{name}.raw"
+            image.write_bytes(CONTENT)
+            os.truncate(image, SIZE)
+            servers.enter_context(serve_image(image, tmp_path / f"{name}.sock"))
         yield copy
 
 
