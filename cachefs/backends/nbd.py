@@ -30,7 +30,7 @@ import trio
 
 from cachefs.backends.remote import RemoteConfig
 from cachefs.errors import BackendError, CachefsError, NoSpaceError, PermanentError, StoreError, TransientError
-from cachefs.extent import Extent, ExtentKind
+from cachefs.extent import Extent
 from cachefs.layers.base import MAX_IO, Caps, Done, Environment, Geometry, Options, Statistics
 from cachefs.nbd.address import Address, parse_uri
 from cachefs.nbd.child import Child
@@ -38,8 +38,9 @@ from cachefs.nbd.client import Client, Dial, Limits
 from cachefs.nbd.connection import ConnectionLost, ServerSilent
 from cachefs.nbd.dial import dialer, tls_context
 from cachefs.nbd.handshake import Export, Flag, RefusedError
-from cachefs.nbd.protocol import MAX_STATUS_LENGTH, TRANSIENT_ERRORS, Command, Request
+from cachefs.nbd.protocol import TRANSIENT_ERRORS, Command, Request
 from cachefs.nbd.recovery import Recovery
+from cachefs.nbd.status import StatusQuestions
 from cachefs.nbd.unflushed import Kind, Unflushed, body_size
 from cachefs.store.identity import SAMPLE_SIZE, SAMPLES, Identity
 from cachefs.survivor import SurvivorMemory
@@ -254,6 +255,7 @@ class Nbd:
         self._alignment = export.minimum
         max_io = max(self._alignment, align_down(min(MAX_IO, export.maximum), self._alignment))
         self.geometry = Geometry(export.size, export.minimum, export.preferred, max_io)
+        self._questions = StatusQuestions(export.size, export.minimum, self._block_status)
         self.caps = Caps.FLUSH
         if export.context is not None:
             self.caps |= Caps.EXTENTS
@@ -378,21 +380,19 @@ class Nbd:
             await self._change(kind, at, min(step, offset + length - at))
 
     async def extents(self, offset: int, length: int, limit: int = 1024) -> list[Extent]:
-        start = align_down(offset, self._alignment)
-        end = min(self.geometry.size, align_up(offset + length, self._alignment), start + MAX_STATUS_LENGTH)
+        return await self._questions.extents(offset, length, limit)
+
+    async def _block_status(self, offset: int, length: int) -> Request:
+        what = f"block status {offset}+{length}"
 
         async def attempt() -> Request:
-            request = Request(Command.BLOCK_STATUS, start, end - start)
+            request = Request(Command.BLOCK_STATUS, offset, length)
             await self._recovery.ask(request)
             if request.error in TRANSIENT_ERRORS:
-                raise self._refusal(request, "block status")
+                raise self._refusal(request, what)
             return request
 
-        answered = await self._insistence.insist(attempt, f"block status {start}+{end - start}")
-        if answered.error or answered.extents is None:
-            return [Extent(offset, min(length, end - offset), ExtentKind.DATA)]  # always true, and good enough
-        clipped = [_clip(extent, offset, offset + length) for extent in answered.extents]
-        return [extent for extent in clipped if extent.length > 0][:limit]
+        return await self._insistence.insist(attempt, what)
 
     def try_extent(self, offset: int, length: int) -> Extent | None:
         return None
@@ -448,11 +448,6 @@ def _memory(config: NbdConfig, env: Environment) -> Iterator[Unflushed]:
         yield Unflushed(memory.body, config.unflushed)
     finally:
         memory.close()
-
-
-def _clip(extent: Extent, start: int, end: int) -> Extent:
-    first = max(extent.offset, start)
-    return Extent(first, min(extent.end, end) - first, extent.kind)
 
 
 def _dialer(name: str, config: NbdConfig, address: Address) -> Dial:

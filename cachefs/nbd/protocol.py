@@ -44,10 +44,11 @@ _NONE, _DATA, _DATA_HOLE, _STATUS, _IS_ERROR, _ERROR_OFFSET = 0, 1, 2, 5, 1 << 1
 _STATE_HOLE, _STATE_ZERO = 1, 2
 
 _MAX_MESSAGE = 4096
-_MAX_STATUS = 1 << 20  # of a payload: 64 MiB, sector by sector
+_MAX_STATUS = 8 << 20  # of a payload: nbdkit ends a reply after a million descriptors, qemu-nbd after 128 Ki
+_MOST_DESCRIPTORS = 16384  # of a payload that are looked at, on the loop: the rest is asked for again
 _MAX_FRAGMENTS = 1024  # of a read that were received and do not touch each other
-MAX_STATUS_LENGTH = 64 << 20
-"""Most bytes to ask for with one BLOCK_STATUS."""
+MAX_STATUS_LENGTH = (1 << 32) - (64 << 10)
+"""Most bytes to ask for with one BLOCK_STATUS; a multiple of every alignment that a server may want."""
 
 _REASONS = {
     1: "it does not permit that",
@@ -262,7 +263,7 @@ class ReplyParser:
             raise ProtocolError(f"a block status of {len(piece)} bytes")
         extents: list[Extent] = []
         at = request.offset
-        for length, flags in _DESCRIPTOR.iter_unpack(piece[4:]):
+        for length, flags in _DESCRIPTOR.iter_unpack(piece[4 : 4 + _MOST_DESCRIPTORS * _DESCRIPTOR.size]):
             if not length or at >= request.end:
                 raise ProtocolError(f"a block status that is empty, or begins beyond its range, at {at}")
             extents.append(Extent(at, min(length, request.end - at), _kind(flags)))  # the last one may be longer
