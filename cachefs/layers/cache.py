@@ -421,7 +421,10 @@ class Cache:
     def try_extent(self, offset: int, length: int) -> Extent | None:
         if (own := self._zeros_at(offset, length)) is not None:
             return own
-        return self.child.try_extent(offset, self._next_zeros(offset, length) - offset)
+        found = self.child.try_extent(offset, length)
+        if found is None:
+            return None
+        return Extent(offset, self._next_zeros(offset, found.length) - offset, found.kind)
 
     def _zeros_at(self, offset: int, length: int) -> Extent | None:
         """The blocks from *offset* on that the pool knows to be zeros, though the child may hold them as data."""

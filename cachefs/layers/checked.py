@@ -34,6 +34,8 @@ class Checked:
         self._mask = child.geometry.alignment - 1
         self._max_io = child.geometry.max_io
         self._try_read_into = child.try_read_into
+        self._try_extent = child.try_extent
+        self._has_extents = Caps.EXTENTS in child.caps
         self._try_write = child.try_write if writable else _never
         self.fast_reads = self.fast_writes = self.slow_reads = self.slow_writes = 0
         self.read_bytes = self.written_bytes = self.flushes = self.trims = 0
@@ -92,9 +94,9 @@ class Checked:
     def try_extent(self, offset: int, length: int) -> Extent | None:
         if offset < 0 or length <= 0 or offset + length > self._size:
             return None  # the slow path looks closer
-        if Caps.EXTENTS not in self.child.caps:
+        if not self._has_extents:
             return Extent(offset, length, ExtentKind.DATA)
-        return self.child.try_extent(offset, length)
+        return self._try_extent(offset, length)
 
     # ---- slow path
 
@@ -144,7 +146,7 @@ class Checked:
     async def extents(self, offset: int, length: int, limit: int = 1024) -> list[Extent]:
         if offset < 0 or length <= 0 or offset + length > self._size:
             raise RequestError(self.name, f"extents of {offset}+{length}: empty, or outside {self._size} bytes")
-        if Caps.EXTENTS not in self.child.caps:
+        if not self._has_extents:
             return [Extent(offset, length, ExtentKind.DATA)]
         found = await self.child.extents(offset, length, limit)
         at = offset

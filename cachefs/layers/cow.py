@@ -293,10 +293,13 @@ class Cow:
         return _merge(self._first_runs(offset, length, limit), below)[:limit]
 
     def try_extent(self, offset: int, length: int) -> Extent | None:
-        run = next(self._map.runs(offset, min(length, LOOK_SPAN)))
-        if run.state is State.ABSENT:
-            return self.child.try_extent(offset, run.length)
-        return Extent(offset, run.length, _KINDS[run.state])
+        if self._map.state(offset >> self._shift) is not State.ABSENT:
+            run = self._map.run_at(offset, offset + min(length, LOOK_SPAN))
+            return Extent(offset, run.length, _KINDS[run.state])
+        found = self.child.try_extent(offset, min(length, LOOK_SPAN))  # first: it says how far to look here
+        if found is None:
+            return None
+        return Extent(offset, self._map.run_at(offset, found.end).length, found.kind)
 
     def _first_runs(self, offset: int, length: int, limit: int) -> list[Run]:
         runs = []

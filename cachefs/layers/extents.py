@@ -165,11 +165,10 @@ class Extents:
         return self.child.try_flush(done)
 
     def try_extent(self, offset: int, length: int) -> Extent | None:
-        found = self.known.known(offset, offset + length, 1)
-        if not found:
-            return None
-        self.answered += 1
-        return found[0]
+        found = self.known.at(offset, offset + length)
+        if found is not None:
+            self.answered += 1
+        return found
 
     # ---- slow path
 

@@ -106,6 +106,12 @@ class BlockMap:
             yield Run(state, start, min(end, until << shift) - start)
             block = until
 
+    def run_at(self, offset: int, end: int) -> Run:
+        """The run that *offset* lies in, from there on and clipped to *end*."""
+        block, last = offset >> self.shift, ((end - 1) >> self.shift) + 1
+        state = self.state(block)
+        return Run(state, offset, min(end, self._end_of_run(state, block, last) << self.shift) - offset)
+
     def _end_of_run(self, state: State, block: int, last: int) -> int:
         """The first block behind *block* and before *last* that is in another state, or *last*."""
         if state is State.DATA:

@@ -51,6 +51,17 @@ class ExtentMap:
         """What is known from *offset* on without a gap, clipped to *end*, at most *limit* entries; empty: nothing is."""
         return merge_extents(itertools.islice(self._from(offset, end), limit))
 
+    def at(self, offset: int, end: int) -> Extent | None:
+        """What is known to begin at *offset*, clipped to *end*."""
+        starts = self._starts
+        index = bisect_right(starts, offset) - 1
+        if index < 0:
+            return None
+        run = self._runs[starts[index]]
+        if run.end <= offset:
+            return None
+        return Extent(offset, min(run.end, end) - offset, run.kind)
+
     def _from(self, offset: int, end: int) -> Iterator[Extent]:
         for start, run in self._each(self._index(offset)):
             if start > offset or offset >= end:

@@ -57,6 +57,11 @@ def test_map_knows_what_was_learnt_last_and_not_forgotten(steps: list[object]) -
         for offset in range(SIZE + 1):
             whole = described(known, offset, 2 * SIZE)
             assert found.known(offset, 2 * SIZE, 1000) == whole
+            first = found.at(offset, 2 * SIZE)
+            assert (first is None) is (not whole)
+            assert first is None or (
+                first.end <= whole[0].end and (first.offset, first.kind) == (offset, whole[0].kind)
+            )
             end = whole[-1].end if whole else offset
             if not whole:
                 gap = next((at for at in range(offset, 3 * SIZE) if at in known), 2 * SIZE)
