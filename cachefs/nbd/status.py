@@ -1,7 +1,7 @@
 """What an export holds, by BLOCK_STATUS: how much to ask for at once, and how many questions side by side.
 
-The length of a question follows from how dense the last answer was, so that an answer has about as many runs as are wanted. Where
-a server tells all of what it was asked for, the pieces behind that are asked for at the same time.
+The length of a question follows from how dense the last answer was, so that an answer has about as many runs as are wanted.
+Where a server tells all of what it was asked for, the pieces behind that are asked for at the same time.
 
 Concurrency: any number of calls at once; they share nothing but the density.
 """
