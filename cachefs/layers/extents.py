@@ -121,7 +121,7 @@ class Extents:
                 layer = cls(f"{env.owner}/extents", config, child, nursery)
                 if file is not None:
                     layer.known.learn(await file.load())
-                    nursery.start_soon(layer._save_often, file)
+                    nursery.start_soon(layer._save_often, file, layer.known.changes)
                 loaded = layer.known.changes
                 try:
                     yield layer
@@ -130,8 +130,8 @@ class Extents:
                     if file is not None and layer.known.changes != loaded:
                         await file.save_last(layer.known.all())
 
-    async def _save_often(self, file: HolesFile) -> None:
-        saved = self.known.changes
+    async def _save_often(self, file: HolesFile, saved: int) -> None:
+        """saved: how many changes are in the file."""
         while True:
             await trio.sleep(SAVE_AFTER_S)
             now = self.known.changes

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nbdservers import Servers
 from test_files import KEEP_SIZE, PUNCH_HOLE, fallocate, need, pattern, run
-from test_nbd import Servers, servers
-
-__all__ = ["servers"]  # a fixture
 
 pytestmark = pytest.mark.slow
 
