@@ -115,6 +115,30 @@ def status(mountpoint: Path, as_json: bool) -> None:
         statusview.show(found)
 
 
+@cli.command("map")
+@click.argument("where", metavar="CONFIG|MOUNTPOINT", type=Path)
+@click.argument("disk")
+@click.option("--json", "as_json", is_flag=True, help="In the form of `qemu-img map --output=json`.")
+def map_disk(where: Path, disk: str, as_json: bool) -> None:
+    """Show what each layer of DISK has of it, and which of them answers for each range.
+
+    A disk that is mounted is asked for at its MOUNTPOINT; with CONFIG the stores are read, while nobody serves from them, and
+    nothing in them is changed. Ctrl-C ends it at any moment.
+
+    \b
+    Example:
+      cachefs map /mnt/disks vm1
+      cachefs map --json config.yaml vm1 | jq '[.[] | select(.data).length] | add'
+    """
+    from cachefs import diskmap
+
+    found = diskmap.read(where, disk)
+    if as_json:
+        click.echo(json.dumps(found.as_qemu()))
+    else:
+        diskmap.show(found)
+
+
 @cli.command()
 @config_argument
 def check(config: Path) -> None:

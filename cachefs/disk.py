@@ -5,18 +5,23 @@ from __future__ import annotations
 import enum
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
 from cachefs.config import Config, DiskSpec, LayerSpec
 from cachefs.errors import StoreError
+from cachefs.extent import STATE_OF, MapRun
 from cachefs.graph import open_stack, refuse_inside
 from cachefs.layers.base import Environment, Layer
-from cachefs.layers.cache import CacheConfig
+from cachefs.layers.cache import Cache, CacheConfig
+from cachefs.layers.cow import Cow
+from cachefs.layers.extents import Extents
 from cachefs.pool.pool import Pool, open_pool
 
 FIRST_INODE = 2  # 1 is the root directory
@@ -53,6 +58,21 @@ class Disk:
         """For st_blocks: space held in the stack, never 0, or `tar -S` would archive nothing but zeros."""
         return max(4096, self.top.allocated_bytes())
 
+    def map_layers(self) -> list[MapLayer]:
+        """The disk as a whole; then the layers that have a map of their own, top to bottom; then the backend.
+
+        An extent cache above the backend answers for it, so that it is asked once.
+        """
+        nodes = list(_layers(self.top))
+        own = [node for node in nodes if isinstance(node, Cow | Cache | Extents)]
+        keepers = [index for index, node in enumerate(nodes) if isinstance(node, Cow | Cache)]
+        below = nodes[keepers[-1] + 1 if keepers else 0]
+        return [
+            MapLayer(self.name, partial(runs_of, self.top)),
+            *(MapLayer(layer.name, partial(_own_runs, layer)) for layer in own),
+            MapLayer(nodes[-1].name, partial(runs_of, below)),
+        ]
+
     def status(self) -> dict[str, object]:
         """For people and programs; values are JSON."""
         error = self.top.pending_error()
@@ -64,6 +84,30 @@ class Disk:
             **({"error": str(error)} if error is not None else {}),
             "layers": [{"layer": s.layer, **s.values} for s in self.top.statistics().chain()],
         }
+
+
+class MapLayer(NamedTuple):
+    """A layer that has a map of its own. ask: from an offset on, at most so many runs; CachefsError when nobody tells."""
+
+    name: str
+    ask: Callable[[int, int], Awaitable[list[MapRun]]]
+
+
+async def _own_runs(layer: Cow | Cache | Extents, offset: int, limit: int) -> list[MapRun]:
+    return layer.map_runs(offset, limit)
+
+
+async def runs_of(layer: Layer, offset: int, limit: int) -> list[MapRun]:
+    """What *layer* with all below it holds, from *offset* on: a non-empty prefix of the rest."""
+    found = await layer.extents(offset, layer.geometry.size - offset, limit)
+    return [MapRun(extent.offset, extent.length, STATE_OF[extent.kind]) for extent in found]
+
+
+def _layers(top: Layer) -> Iterator[Layer]:
+    node: Layer | None = top
+    while node is not None:
+        yield node
+        node = getattr(node, "child", None)
 
 
 @asynccontextmanager

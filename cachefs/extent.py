@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -21,6 +22,42 @@ class Extent(NamedTuple):
     @property
     def end(self) -> int:
         return self.offset + self.length
+
+
+class MapState(enum.IntEnum):
+    """What one layer has of a range, for `cachefs map`; the numbers go from the daemon to the command."""
+
+    ABSENT = 0  # what lies below counts
+    DATA = 1
+    ZERO = 2
+    HOLE = 3
+    CACHED = 4  # a copy of what lies below
+    UNKNOWN = 5  # not asked yet
+
+
+STATE_OF = {ExtentKind.DATA: MapState.DATA, ExtentKind.ZERO: MapState.ZERO, ExtentKind.HOLE: MapState.HOLE}
+
+
+class MapRun(NamedTuple):
+    offset: int  # bytes
+    length: int  # bytes, never 0
+    state: MapState
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+_PACKED = struct.Struct("<QQ")  # offset; length shifted left by 3, with the state
+
+
+def pack_runs(runs: Iterable[MapRun]) -> bytes:
+    return b"".join(_PACKED.pack(run.offset, run.length << 3 | run.state) for run in runs)
+
+
+def unpack_runs(content: bytes) -> list[MapRun]:
+    """Raises: ValueError, struct.error when *content* was not packed here."""
+    return [MapRun(offset, packed >> 3, MapState(packed & 7)) for offset, packed in _PACKED.iter_unpack(content)]
 
 
 def merge_extents(extents: Iterable[Extent]) -> list[Extent]:

@@ -15,10 +15,13 @@ from typing import Any
 import pyfuse3
 
 from cachefs.disk import Disk
+from cachefs.extent import pack_runs
 from cachefs.fuse.boundary import Boundary, guarded
 
 ROOT = pyfuse3.ROOT_INODE
 STATUS_XATTR = b"user.cachefs.status"
+MAP_XATTR = b"user.cachefs.map"
+MAP_PAGE = 2000  # runs, of 16 bytes each
 ATTRIBUTES_VALID_S = 1.0  # sizes never change; times and blocks may, by a trim that is carried out later
 _STATUS_UNIT = 512  # statuses are padded to this, so that one does not outgrow the buffer its reader just asked for
 
@@ -154,8 +157,28 @@ class Namespace(pyfuse3.Operations):
         text = json.dumps(status).encode()
         return text.ljust(-(-len(text) // _STATUS_UNIT) * _STATUS_UNIT)
 
+    async def map(self, inode: int, what: bytes) -> bytes:
+        """*what* is empty: {"size": ..., "layers": [names]} of the disk; ".LAYER.OFFSET": a page of that layer's runs.
+
+        A value has 64 KiB at most, and the reader asks for it twice, so a map comes in pages.
+        """
+        disk = self._disk(inode)
+        layers = disk.map_layers()
+        if not what:
+            text = json.dumps({"size": disk.size, "layers": [layer.name for layer in layers]}).encode()
+            return text.ljust(-(-len(text) // _STATUS_UNIT) * _STATUS_UNIT)
+        parts = what.split(b".")
+        if len(parts) != 3 or parts[0] or not all(part.isdigit() for part in parts[1:]):
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        number, offset = int(parts[1]), int(parts[2])
+        if number >= len(layers) or offset >= disk.size:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return pack_runs(await layers[number].ask(offset, MAP_PAGE))
+
     @guarded
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        if name.startswith(MAP_XATTR):
+            return await self.map(inode, name[len(MAP_XATTR) :])
         if name != STATUS_XATTR:
             raise pyfuse3.FUSEError(errno.ENODATA)
         return self.status(inode)

@@ -31,12 +31,12 @@ import trio
 from bitarray import bitarray
 
 from cachefs.errors import BackendError, CachefsError
-from cachefs.extent import Extent, ExtentKind
+from cachefs.extent import Extent, ExtentKind, MapRun, MapState
 from cachefs.layers.base import ALL_CAPS, MAX_IO, Caps, Done, Environment, Geometry, Layer, Options, Statistics
 from cachefs.pool.evict import VISITED
 from cachefs.pool.image import Flight, PoolImage
 from cachefs.pool.readahead import Plan
-from cachefs.pool.summap import State
+from cachefs.pool.summap import State, SumMap
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ MAX_FETCH = MAX_IO
 JOINED_AHEAD = 512 << 10  # what is read ahead goes along with its request up to this length
 EXTENTS_AT_ONCE = 128
 LOOK_BLOCKS = 1 << 20  # that one look for the end of a run of zeros may cover: it runs on the loop
+MAP_BLOCKS = 1 << 15  # that one call of `map_runs` looks at, one by one
+_MAP_STATES = {State.DATA: MapState.CACHED, State.ZERO: MapState.ZERO}
 _NO_PLAN = Plan(0, False, 0)
 _ZEROS = memoryview(bytes(MAX_IO))
 
@@ -426,6 +428,10 @@ class Cache:
             return None
         return Extent(offset, self._next_zeros(offset, found.length) - offset, found.kind)
 
+    def map_runs(self, offset: int, limit: int) -> list[MapRun]:
+        """What the pool has, from *offset* on: a non-empty prefix of the rest."""
+        return map_runs(self.image.map, self._shift, self.geometry.size, offset, limit)
+
     def _zeros_at(self, offset: int, length: int) -> Extent | None:
         """The blocks from *offset* on that the pool knows to be zeros, though the child may hold them as data."""
         block = offset >> self._shift
@@ -476,4 +482,20 @@ class Cache:
         return Statistics(self.name, values, self.child.statistics())
 
 
-__all__ = ["Cache", "CacheConfig"]
+def map_runs(states: SumMap, shift: int, size: int, offset: int, limit: int) -> list[MapRun]:
+    """The blocks of an image of *size* bytes, from *offset* on, neighbours of one kind merged; a non-empty prefix."""
+    block = offset >> shift
+    runs: list[MapRun] = []
+    for part in states.parts(block, min(states.blocks, block + MAP_BLOCKS)):
+        state = _MAP_STATES.get(part.state, MapState.ABSENT)
+        start, end = max(offset, part.start << shift), min(size, part.end << shift)
+        if runs and runs[-1].state is state:
+            runs[-1] = MapRun(runs[-1].offset, end - runs[-1].offset, state)
+        elif len(runs) == limit:
+            break
+        else:
+            runs.append(MapRun(start, end - start, state))
+    return runs
+
+
+__all__ = ["Cache", "CacheConfig", "map_runs"]

@@ -30,7 +30,7 @@ import pydantic
 import trio
 
 from cachefs.errors import BaseChangedError, NoSpaceError, StoreError, from_os_error
-from cachefs.extent import Extent, ExtentKind, merge_extents
+from cachefs.extent import Extent, ExtentKind, MapRun, MapState, merge_extents
 from cachefs.layers.base import ALL_CAPS, Done, Environment, Geometry, Layer, Options, Statistics
 from cachefs.store import files
 from cachefs.store.blockmap import Run, State
@@ -41,7 +41,9 @@ from cachefs.store.mapfile import read_header
 from cachefs.units import LocalPath, Size, format_size, is_power_of_two, split_aligned
 
 LOOK_SPAN = 1 << 30  # bytes that one look for the end of a run may cover: it runs on the loop
+MAP_SPAN = 64 << 30  # the same of `map_runs`
 _ZEROS = bytes(1 << 20)
+_MAP_STATES = {State.ABSENT: MapState.ABSENT, State.DATA: MapState.DATA, State.ZERO: MapState.ZERO}
 _KINDS = {State.DATA: ExtentKind.DATA, State.ZERO: ExtentKind.ZERO}
 
 
@@ -308,6 +310,11 @@ class Cow:
             if len(runs) >= limit:
                 break
         return runs
+
+    def map_runs(self, offset: int, limit: int) -> list[MapRun]:
+        """What the overlay itself has, from *offset* on: a non-empty prefix of the rest."""
+        runs = self._first_runs(offset, min(self._size - offset, MAP_SPAN), limit)
+        return [MapRun(run.offset, run.length, _MAP_STATES[run.state]) for run in runs]
 
     async def prefetch(self, offset: int, length: int) -> None:
         for run in self._first_runs(offset, length, 64):

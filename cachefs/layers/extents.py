@@ -34,7 +34,7 @@ import pydantic
 import trio
 
 from cachefs.errors import BackendError, CachefsError
-from cachefs.extent import Extent
+from cachefs.extent import STATE_OF, Extent, MapRun, MapState
 from cachefs.layers.base import Caps, Done, Environment, Geometry, Layer, Options, Statistics
 from cachefs.pool.holes import HolesFile
 from cachefs.store.extentmap import ExtentMap
@@ -255,6 +255,17 @@ class Extents:
             question.done.set()
 
     # ---- the rest
+
+    def map_runs(self, offset: int, limit: int) -> list[MapRun]:
+        """What is known, from *offset* on: a non-empty prefix of the rest."""
+        runs: list[MapRun] = []
+        while offset < self._size and len(runs) < limit:
+            found = self.known.at(offset, self._size)
+            end = self.known.gap_end(offset, self._size) if found is None else found.end
+            state = MapState.UNKNOWN if found is None else STATE_OF[found.kind]
+            runs.append(MapRun(offset, end - offset, state))
+            offset = end
+        return runs
 
     async def prefetch(self, offset: int, length: int) -> None:
         await self.child.prefetch(offset, length)
