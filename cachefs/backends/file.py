@@ -4,7 +4,8 @@ Read-only below an overlay, writable as a disk of its own. Carries QEMU's image 
 open what is served here for writing, and the other way round.
 
 Trims and zeros are PUNCH_HOLE and ZERO_RANGE, which guarantee zeros on files and on block devices; where the file system
-has neither, zeros are written. The map is SEEK_DATA and SEEK_HOLE for files; a block device is all data.
+has neither, zeros are written. Long ones go in pieces of PIECE, so that others have their turn between. The map is
+SEEK_DATA and SEEK_HOLE for files; a block device is all data.
 
 Concurrency: none of its own; the kernel orders overlapping requests per page. A failed fdatasync is final: every later
 flush fails and writes are refused (`cachefs.store.failedflag`), because the kernel may have dropped the pages.
@@ -33,6 +34,7 @@ from cachefs.units import LocalPath
 
 log = logging.getLogger(__name__)
 
+PIECE = 64 << 20  # bytes of one fallocate: a long one holds the journal, and with it every disk of the file system
 _ZEROS = memoryview(bytes(1 << 20))
 
 
@@ -150,6 +152,10 @@ class File:
 
     async def trim(self, offset: int, length: int) -> None:
         self._check_writable()
+        for at in range(offset, offset + length, PIECE):
+            await self._trim_piece(at, min(PIECE, offset + length - at))
+
+    async def _trim_piece(self, offset: int, length: int) -> None:
         if self._can_punch:
             try:
                 await self._file.punch(offset, length)
@@ -158,10 +164,14 @@ class File:
                 if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise from_os_error(exc, self.name, f"punch {offset}+{length} of {self._path}") from exc
                 self._can_punch = exc.errno == errno.EINVAL  # EINVAL: only this range does not suit a device
-        await self.zero(offset, length)
+        await self._zero_piece(offset, length)
 
     async def zero(self, offset: int, length: int) -> None:
         self._check_writable()
+        for at in range(offset, offset + length, PIECE):
+            await self._zero_piece(at, min(PIECE, offset + length - at))
+
+    async def _zero_piece(self, offset: int, length: int) -> None:
         if self._can_zero_range:
             try:
                 await self._file.zero_range(offset, length)
