@@ -4,6 +4,7 @@
 # guest=check   mounts read-only and checks the digests of the files in /manifest
 # guest=boot    the same read-write; then checks what earlier boots wrote, writes, syncs, reads it back, trims
 # guest=fill    the same as check, then leaves 32 MiB in /scratch, which the next guest=boot removes and trims
+# guest=churn   the same as check, then writes 200 MiB, deletes them and trims
 #
 # What matters stands in lines that begin with "GUEST". The last one is "GUEST done" or "GUEST FAILED: why".
 
@@ -71,6 +72,23 @@ fill)
         dd if=/block of=/mnt/scratch/$i bs=1M conv=fsync 2>/dev/null || fail "writing /scratch/$i"
     done
     echo "GUEST filled $((8 * 4)) MiB"
+    ;;
+
+churn)
+    mkdir -p /mnt/churn
+    dd if=/dev/urandom of=/block bs=1M count=4 2>/dev/null
+    i=1
+    while [ $i -le 50 ]; do
+        dd if=/block of=/mnt/churn/$i bs=1M conv=fsync 2>/dev/null || fail "writing /churn/$i"
+        i=$((i + 1))
+    done
+    echo "GUEST wrote $((50 * 4)) MiB"
+    rm -rf /mnt/churn
+    sync
+    trimmed=$(fstrim -v /mnt) || fail "fstrim: $trimmed"
+    echo "GUEST trimmed $(echo "$trimmed" | tr -cd '0-9') bytes"
+    drop_caches
+    verify /mnt manifest || fail "files of the base have changed after fstrim"
     ;;
 
 boot)

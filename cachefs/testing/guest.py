@@ -290,7 +290,7 @@ def main() -> int:
     sub = commands.add_parser("boot", help="boot from a disk and print what the guest says")
     sub.add_argument("folder", type=Path, help="where `build` made the guest")
     sub.add_argument("disk", type=Path)
-    sub.add_argument("--scenario", choices=("boot", "check", "fill"), default="boot")
+    sub.add_argument("--scenario", choices=("boot", "check", "churn", "fill"), default="boot")
     sub.add_argument("--show", action="store_true", help="print QEMU's command line first")
     options = parser.parse_args()
     try:
