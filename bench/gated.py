@@ -15,7 +15,7 @@ import trio
 
 from cachefs.cli import main
 from cachefs.layers import LAYERS
-from cachefs.layers.base import Environment, Layer, Options
+from cachefs.layers.base import Environment, Later, Layer, Options
 from cachefs.testing.wrapper import Wrapper
 
 
@@ -57,6 +57,9 @@ class Gated(Wrapper):
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
         return self.opened is None and super().try_read_into(offset, buffer)
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        return self.opened is None and super().try_read_later(offset, buffer, done)
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         return self.opened is None and super().try_write(offset, data)

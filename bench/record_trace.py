@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cachefs.extent import Extent
 from cachefs.layers import LAYERS
-from cachefs.layers.base import Done, Environment, Layer, Options, Statistics
+from cachefs.layers.base import Done, Environment, Later, Layer, Options, Statistics
 
 PACKAGES = (
     "systemd-sysv", "udev", "dbus", "linux-image-amd64", "kmod", "openssh-server", "cron", "rsyslog", "iproute2", "ifupdown",
@@ -86,6 +86,9 @@ class Trace:
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         self._note(offset, len(buffer))
         await self.child.read_into(offset, buffer)
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        return False
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         return self.child.try_write(offset, data)

@@ -113,11 +113,13 @@ class Daemon:
                         gc.freeze()  # what lives from here on is requests; do not walk the rest again
                         await channel.serve_requests()
                         # The mount is gone. What a request still does is for the disk, and is waited for.
+                        await self._dataplane.waiting.drain()
                 finally:
                     services.cancel_scope.cancel()
         finally:
             spill.close()
             if channel is not None:
+                self._dataplane.waiting.stop()
                 channel.close()  # now that nobody reads from it any more: one who was just woken would find it closed
 
     async def _announce(self, ready: Callable[[], None]) -> None:

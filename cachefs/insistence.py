@@ -79,7 +79,8 @@ class Insistence:
         self.retries = 0
         self._name = name
         self._deadline_s = deadline_s
-        self._patience_s = float("inf") if holds else deadline_s
+        self.patience_s = float("inf") if holds else deadline_s
+        """Seconds that an operation may take; without end where it is held."""
         self._trouble = trouble
 
     async def insist(self, attempt: Callable[[], Awaitable[Result]], what: str) -> Result:
@@ -89,7 +90,7 @@ class Insistence:
         """
         last = ""
         self._raise_if_open(what)
-        with trio.move_on_after(self._patience_s):
+        with trio.move_on_after(self.patience_s):
             for pause in backoff():
                 try:
                     return await attempt()

@@ -57,7 +57,9 @@ class Admission(Generic[Queued]):
 
         data_bytes: of a WRITE's data, 0 for others.
         """
-        held = self._disks.setdefault(disk, _Disk())
+        held = self._disks.get(disk)
+        if held is None:
+            held = self._disks[disk] = _Disk()
         if held.requests >= REQUESTS_PER_DISK or (self.requests >= self._crowded and self._holds_most(held)):
             self.refused += 1
             return Verdict.REFUSE

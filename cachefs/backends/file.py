@@ -24,7 +24,7 @@ import trio
 
 from cachefs.errors import BackendError, StoreError, from_os_error
 from cachefs.extent import Extent, ExtentKind
-from cachefs.layers.base import ALL_CAPS, Caps, Done, Environment, Geometry, Options, Statistics
+from cachefs.layers.base import ALL_CAPS, Caps, Done, Environment, Geometry, Later, Options, Statistics
 from cachefs.store.failedflag import FailedFlag
 from cachefs.store.identity import Identity, identity_of_device, identity_of_file
 from cachefs.store.imagelock import lock_image
@@ -96,6 +96,9 @@ class File:
             backend._file.close()
         if problem is not None:
             raise problem
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        return False
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         self._written = True

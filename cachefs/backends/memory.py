@@ -13,7 +13,7 @@ from typing import Annotated
 import pydantic
 
 from cachefs.extent import Extent, ExtentKind, merge_extents
-from cachefs.layers.base import ALL_CAPS, Done, Environment, Geometry, Options, Statistics
+from cachefs.layers.base import ALL_CAPS, Done, Environment, Geometry, Later, Options, Statistics
 from cachefs.store.identity import Identity
 from cachefs.units import Size, is_power_of_two
 
@@ -65,6 +65,9 @@ class Memory:
             chunk = self._chunks.get(index)
             buffer[at : at + count] = bytes(count) if chunk is None else memoryview(chunk)[start : start + count]
         return True
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        return False
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         for index, start, at, count in self._parts(offset, len(data)):

@@ -31,7 +31,7 @@ import trio
 from cachefs.backends.remote import RemoteConfig
 from cachefs.errors import BackendError, CachefsError, NoSpaceError, PermanentError, StoreError, TransientError
 from cachefs.extent import Extent
-from cachefs.layers.base import MAX_IO, Caps, Done, Environment, Geometry, Options, Statistics
+from cachefs.layers.base import MAX_IO, Caps, Done, Environment, Geometry, Later, Options, Statistics
 from cachefs.nbd.address import Address, parse_uri
 from cachefs.nbd.child import Child
 from cachefs.nbd.client import Client, Dial, Limits
@@ -337,6 +337,14 @@ class Nbd:
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
         return False
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        def then(request: Request) -> None:
+            done(None if request.is_answered and not request.error else request.sent_at + self._insistence.patience_s)
+
+        if self._recovery.bars(offset, len(buffer)):
+            return False
+        return self._client.try_ask_later(Request(Command.READ, offset, len(buffer), buffer=buffer, then=then))
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         return False

@@ -30,6 +30,12 @@ class Buffer:
         self.vector = (self.view[REQUEST_AT:],)
 
 
+def read_reply(view: memoryview, unique: int, size: int) -> memoryview:
+    """The reply to a READ whose *size* bytes of data are in place."""
+    OUT_HEADER.pack_into(view, REPLY_AT, OUT_HEADER.size + size, 0, unique)
+    return view[REPLY_AT : DATA_AT + size]
+
+
 class BufferPool:
     """Buffers that are free; a few dozen are kept."""
 

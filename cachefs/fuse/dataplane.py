@@ -26,7 +26,7 @@ from cachefs.disk import Disk
 from cachefs.errors import CachefsError
 from cachefs.extent import Extent, ExtentKind
 from cachefs.fuse.boundary import Boundary
-from cachefs.fuse.buffers import BODY_AT, DATA_AT, REPLY_AT, REQUEST_AT, Buffer, BufferPool
+from cachefs.fuse.buffers import BODY_AT, DATA_AT, REQUEST_AT, Buffer, BufferPool, read_reply
 from cachefs.fuse.protocol import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
@@ -38,7 +38,6 @@ from cachefs.fuse.protocol import (
     MAX_BACKGROUND,
     MAX_WRITE,
     OPCODE_NAMES,
-    OUT_HEADER,
     READ_IN,
     READ_WHERE,
     WRITE_REPLY,
@@ -49,6 +48,7 @@ from cachefs.fuse.protocol import (
 )
 from cachefs.fuse.spill import Spill
 from cachefs.fuse.waiting import Request, Waiting
+from cachefs.layers.base import Later
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,14 @@ class Dataplane:
         self._boundary = boundary
         self.pool = BufferPool()
         self.waiting = Waiting(
-            nursery, self.pool, boundary, self.reply, self._work, background, spill or Spill(directory=None)
+            nursery,
+            self.pool,
+            boundary,
+            self.reply,
+            self._begin,
+            self._work,
+            background,
+            spill or Spill(directory=None),
         )
         self.counts = [0] * 64  # by opcode, of all requests, namespace included
         self.malformed = 0
@@ -151,8 +158,7 @@ class Dataplane:
             except Exception as exc:
                 return self._refuse(unique, self._boundary.errno_of(exc, f"READ {offset}+{size} of {disk.name}"))
             if done:
-                OUT_HEADER.pack_into(view, REPLY_AT, OUT_HEADER.size + size, 0, unique)
-                self.reply(view[REPLY_AT : DATA_AT + size])
+                self.reply(read_reply(view, unique, size))
                 return True
             return self._later(Request(disk, READ, unique, self._pid(view), offset, size), buffer)
         if opcode == WRITE:
@@ -259,6 +265,14 @@ class Dataplane:
     def _later(self, request: Request, buffer: Buffer) -> bool:
         return self.waiting.add(request, buffer)
 
+    @staticmethod
+    def _begin(request: Request, done: Later) -> bool:
+        """Begin *request* without a task, if that can be; see `cachefs.layers.base.Layer.try_read_later`."""
+        if request.opcode != READ or request.buffer is None:
+            return False
+        data = request.buffer.view[DATA_AT : DATA_AT + request.size]
+        return request.disk.top.try_read_later(request.offset, data, done)
+
     async def _work(self, request: Request) -> bytes | memoryview:
         """Carry *request* out and return its reply."""
         disk, unique, offset, size = request.disk, request.unique, request.offset, request.size
@@ -283,8 +297,7 @@ class Dataplane:
         assert request.buffer is not None
         view, size = request.buffer.view, request.size
         await request.disk.top.read_into(request.offset, view[DATA_AT : DATA_AT + size])
-        OUT_HEADER.pack_into(view, REPLY_AT, OUT_HEADER.size + size, 0, request.unique)
-        return view[REPLY_AT : DATA_AT + size]
+        return read_reply(view, request.unique, size)
 
     async def _write(self, request: Request) -> bytes:
         assert request.buffer is not None

@@ -1,10 +1,12 @@
 """Requests that could not be finished at once: they are admitted or queued, run in tasks, and answered exactly once.
 
 `table` holds every request that the kernel still waits for; whoever takes one out of it answers it: the task or thread that
-did the work, or `watch_clients`, which every LOOK_S gives up on requests whose client was killed. Giving up answers EINTR at
-once and cancels the task; what was handed to the kernel by then runs to its end, and its buffer stays in use until then.
+did the work, the layer that was waited for, or `watch_clients`, which every LOOK_S gives up on requests whose client was
+killed. Giving up answers EINTR at once and cancels the task; what was handed to the kernel, or begun without a task, runs to
+its end, and its buffer stays in use until then.
 
-    arrives -> RUN: a task with its buffer -> answered -> the oldest that is queued takes its place
+    arrives -> RUN: begun without a task, if the stack can, else a task with its buffer -> answered -> the oldest that is
+               queued takes its place
             -> QUEUE: header, or data (`cachefs.fuse.spill`)
             -> REFUSE: EIO (`cachefs.limits` says when)
 """
@@ -13,17 +15,21 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
 from cachefs.disk import Disk
+from cachefs.errors import BackendTimeout
 from cachefs.fuse import clients
 from cachefs.fuse.boundary import Boundary
-from cachefs.fuse.buffers import DATA_AT, Buffer, BufferPool
+from cachefs.fuse.buffers import DATA_AT, Buffer, BufferPool, read_reply
 from cachefs.fuse.protocol import OPCODE_NAMES, Opcode, error_reply
 from cachefs.fuse.spill import Piece, Spill
+from cachefs.layers.base import Later
 from cachefs.limits import Admission, Verdict
 
 log = logging.getLogger(__name__)
@@ -72,11 +78,16 @@ class Request:
         return f"{OPCODE_NAMES[self.opcode]}{where} of {self.disk.name}"
 
 
+Begin = Callable[[Request, Later], bool]
 Work = Callable[[Request], Awaitable[bytes | memoryview]]
 
 
 class Waiting:
-    """The requests of a mount that wait. work: what a task awaits for a request, returning its reply."""
+    """The requests of a mount that wait.
+
+    begin: does a READ without a task, as `Layer.try_read_later`, or returns False. work: what a task awaits for a request,
+    returning its reply.
+    """
 
     def __init__(
         self,
@@ -84,6 +95,7 @@ class Waiting:
         pool: BufferPool,
         boundary: Boundary,
         reply: Callable[[bytes | memoryview], None],
+        begin: Begin,
         work: Work,
         background: int,
         spill: Spill,
@@ -92,12 +104,16 @@ class Waiting:
         self._pool = pool
         self._boundary = boundary
         self._reply = reply
+        self._begin = begin
         self._work = work
         self._spill = spill
         self.admission: Admission[Request] = Admission(background, spill.limit)
         self.table: dict[int, Request] = {}
         self.given_up = 0
         self._refusals_said: dict[int, float] = {}
+        self._without_task = 0
+        self._drained = trio.Event()
+        self._is_stopped = False
         self._something_waits = trio.Event()
         self._newest = 0.0  # when the last request was registered, time.perf_counter()
 
@@ -138,8 +154,31 @@ class Waiting:
 
     def _start(self, request: Request, buffer: Buffer) -> None:
         request.buffer = buffer
-        request.scope = trio.CancelScope()
+        try:
+            begun = self._begin(request, partial(self._heard, request, buffer))
+        except Exception as exc:
+            self._boundary.errno_of(exc, str(request))
+            begun = False  # `work` finds out what is wrong
+        if begun:
+            self._without_task += 1
+        else:
+            self._run_in_task(request, buffer)
+
+    def _run_in_task(self, request: Request, buffer: Buffer, until: float = math.inf) -> None:
+        request.scope = trio.CancelScope(deadline=until)
         self._nursery.start_soon(self._run, request, buffer, request.scope)
+
+    def _heard(self, request: Request, buffer: Buffer, until: float | None) -> None:
+        """What a READ that was begun without a task has come to: its data, or a task that may try until *until*."""
+        self._without_task -= 1
+        if until is None:
+            self._end(request, buffer, read_reply(buffer.view, request.unique, request.size))
+        elif request.unique in self.table and not self._is_stopped:
+            self._run_in_task(request, buffer, until)
+        else:  # nobody waits for it any more
+            self._end(request, buffer, b"")
+        if not self._without_task:
+            self._drained.set()
 
     async def _run(self, request: Request, buffer: Buffer, scope: trio.CancelScope) -> None:
         """Do the work and answer; afterwards the buffer is free, whatever happened, and the next one may run."""
@@ -149,14 +188,32 @@ class Waiting:
                 if request.piece is not None:
                     await self._spill.take(request.piece, buffer.view[DATA_AT : DATA_AT + request.piece.length])
                 reply = await self._work(request)
+            if scope.cancelled_caught and request.unique in self.table:
+                raise BackendTimeout(request.disk.name, "it was not answered in time")
         except Exception as exc:
             reply = error_reply(request.unique, self._boundary.errno_of(exc, str(request)))
         finally:
-            self.finish(request, reply)
-            self._pool.give_back(buffer)
-            successor = self.admission.done(request.disk.inode)
-            if successor is not None:
-                self._start(successor, self._pool.take())
+            self._end(request, buffer, reply)
+
+    def _end(self, request: Request, buffer: Buffer, reply: bytes | memoryview) -> None:
+        """Answer *request*; its buffer is free, and the next one may run."""
+        self.finish(request, reply)
+        self._pool.give_back(buffer)
+        successor = self.admission.done(request.disk.inode)
+        if successor is not None and not self._is_stopped:
+            self._start(successor, self._pool.take())
+
+    async def drain(self) -> None:
+        """Wait until nothing runs that was begun without a task."""
+        while self._without_task:
+            self._drained = trio.Event()
+            await self._drained.wait()
+
+    def stop(self) -> None:
+        """Begin nothing any more; whoever still waits gets EIO."""
+        self._is_stopped = True
+        for request in list(self.table.values()):
+            self.finish(request, error_reply(request.unique, errno.EIO))
 
     def _refuse(self, request: Request) -> None:
         self._reply(error_reply(request.unique, errno.EIO))

@@ -11,7 +11,7 @@ them). Lock order: one range here, then the child's own.
 from __future__ import annotations
 
 from cachefs.extent import Extent
-from cachefs.layers.base import Done, Geometry, Layer, Statistics
+from cachefs.layers.base import Done, Geometry, Later, Layer, Statistics
 from cachefs.rangelock import RangeLocks
 from cachefs.units import align_down, align_up, split_aligned
 
@@ -40,6 +40,9 @@ class Align:
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
         return self._is_aligned(offset, len(buffer)) and self.child.try_read_into(offset, buffer)
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        return self._is_aligned(offset, len(buffer)) and self.child.try_read_later(offset, buffer, done)
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         if not self._is_aligned(offset, len(data)) or self._locks.is_locked(*self._units(offset, len(data))):

@@ -7,6 +7,8 @@ verbs on it. Promises, for every layer:
 - a read that is issued after a write was acknowledged sees that write;
 - a cancelled write may have written some of its own range and nothing outside it; a write that was handed to the
   kernel runs to its end before the cancellation is delivered;
+- `try_read_later` is for what is neither here nor worth a task: a layer that waits for a socket begins the read and tells
+  its end from the loop. It knows success and "ask `read_into`", nothing else: errors, retries and cancelling are there;
 - `try_read_into` and `try_write` are plain functions: they finish the request on the event loop and return True, or
   return False having changed nothing that the async operation would not do again. They take no lock and need none,
   because between look-up and I/O nobody else runs. `try_extent` is the same for what is known of a range.
@@ -18,7 +20,7 @@ a layer may rely on bounds, alignment and capabilities.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +36,24 @@ if TYPE_CHECKING:
     from cachefs.pool.pool import Pool
     from cachefs.store.identity import Identity
 
-__all__ = ["ALL_CAPS", "MAX_IO", "Caps", "Done", "Environment", "Geometry", "Layer", "Options", "Slow", "Statistics"]
+__all__ = [
+    "ALL_CAPS",
+    "MAX_IO",
+    "Caps",
+    "Done",
+    "Environment",
+    "Geometry",
+    "Later",
+    "Layer",
+    "Options",
+    "Slow",
+    "Statistics",
+]
+
+Later = Callable[[float | None], None]
+"""Told once how a read that was begun without a task has ended. None: its buffer is filled. A time (of trio's clock): it
+is not; `read_into` may try until then.
+"""
 
 MAX_IO = 1 << 20  # what one FUSE request can carry, and the most a layer hands down at once by default
 
@@ -126,6 +145,14 @@ class Layer(Protocol):
     """Of the contents as they are below the first writable layer; see `cachefs.store.identity`."""
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool: ...
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        """Begin what `read_into` does and have *done* told its end, on the loop, or return False, done nothing.
+
+        *done* is called once, never before this has returned, and within the time limits of the layer. None: *buffer* is
+        filled. A time (of trio's clock): it is not, for whatever reason; `read_into` may try until then. *buffer* is the
+        layer's until *done* was called. There is no cancelling.
+        """
+
     def try_write(self, offset: int, data: memoryview) -> bool: ...
     def try_flush(self, done: Done) -> bool:
         """Begin what `flush` does and have *done* told its end, in any thread; or return False, done nothing."""
@@ -181,6 +208,9 @@ class Slow:
     """The defaults of a layer that has no fast path."""
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
+        return False
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
         return False
 
     def try_write(self, offset: int, data: memoryview) -> bool:

@@ -32,7 +32,7 @@ from bitarray import bitarray
 
 from cachefs.errors import BackendError, CachefsError
 from cachefs.extent import Extent, ExtentKind, MapRun, MapState
-from cachefs.layers.base import ALL_CAPS, MAX_IO, Caps, Done, Environment, Geometry, Layer, Options, Statistics
+from cachefs.layers.base import ALL_CAPS, MAX_IO, Caps, Done, Environment, Geometry, Later, Layer, Options, Statistics
 from cachefs.pool.evict import VISITED
 from cachefs.pool.image import Flight, PoolImage
 from cachefs.pool.readahead import Plan
@@ -137,6 +137,9 @@ class Cache:
         self.hits += 1
         self._note_hit(offset, len(buffer), start, end)
         return True
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        return False  # a miss is a flight's
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         return False

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from cachefs.errors import ReadOnlyError, RequestError
 from cachefs.extent import Extent, ExtentKind
-from cachefs.layers.base import ALL_CAPS, Caps, Done, Geometry, Layer, Statistics
+from cachefs.layers.base import ALL_CAPS, Caps, Done, Geometry, Later, Layer, Statistics
 
 _ZEROS = memoryview(bytes(1 << 20))
 
@@ -36,8 +36,9 @@ class Checked:
         self._try_read_into = child.try_read_into
         self._try_extent = child.try_extent
         self._has_extents = Caps.EXTENTS in child.caps
+        self._try_read_later = child.try_read_later
         self._try_write = child.try_write if writable else _never
-        self.fast_reads = self.fast_writes = self.slow_reads = self.slow_writes = 0
+        self.fast_reads = self.later_reads = self.fast_writes = self.slow_reads = self.slow_writes = 0
         self.read_bytes = self.written_bytes = self.flushes = self.trims = 0
 
     def _check(self, offset: int, length: int) -> None:
@@ -65,6 +66,18 @@ class Checked:
             return False
         if self._try_read_into(offset, buffer):
             self.fast_reads += 1
+            self.read_bytes += length
+            return True
+        return False
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        length = len(buffer)
+        if offset < 0 or offset + length > self._size or length > self._max_io or not length:
+            return False
+        if self._mask and not self._is_aligned(offset, offset + length):
+            return False
+        if self._try_read_later(offset, buffer, done):
+            self.later_reads += 1
             self.read_bytes += length
             return True
         return False
@@ -175,6 +188,7 @@ class Checked:
         below = self.child.statistics()
         edge = {
             "fast_reads": self.fast_reads,
+            "later_reads": self.later_reads,
             "slow_reads": self.slow_reads,
             "read_bytes": self.read_bytes,
             "fast_writes": self.fast_writes,

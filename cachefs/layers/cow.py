@@ -31,7 +31,7 @@ import trio
 
 from cachefs.errors import BaseChangedError, NoSpaceError, StoreError, from_os_error
 from cachefs.extent import Extent, ExtentKind, MapRun, MapState, merge_extents
-from cachefs.layers.base import ALL_CAPS, Done, Environment, Geometry, Layer, Options, Statistics
+from cachefs.layers.base import ALL_CAPS, Done, Environment, Geometry, Later, Layer, Options, Statistics
 from cachefs.store import files
 from cachefs.store.blockmap import Run, State
 from cachefs.store.blockstore import BlockStore, open_store
@@ -132,6 +132,16 @@ class Cow:
                     return False
             elif not self.child.try_read_into(run.offset, part):
                 return False
+        return True
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        """Only what is the child's as a whole: as in `read_into`, it is as right when it has become DATA or ZERO since."""
+        start, end = offset >> self._shift, ((offset + len(buffer) - 1) >> self._shift) + 1
+        if self._written.find(1, start, end) >= 0 or self._zero.find(1, start, end) >= 0:
+            return False
+        if not self.child.try_read_later(offset, buffer, done):
+            return False
+        self._child_read_bytes += len(buffer)
         return True
 
     def try_write(self, offset: int, data: memoryview) -> bool:

@@ -35,7 +35,7 @@ import trio
 
 from cachefs.errors import BackendError, CachefsError
 from cachefs.extent import STATE_OF, Extent, MapRun, MapState
-from cachefs.layers.base import Caps, Done, Environment, Geometry, Layer, Options, Statistics
+from cachefs.layers.base import Caps, Done, Environment, Geometry, Later, Layer, Options, Statistics
 from cachefs.pool.holes import HolesFile
 from cachefs.store.extentmap import ExtentMap
 from cachefs.units import Size, align_down, align_up
@@ -144,6 +144,9 @@ class Extents:
         if self.known and self._read_zeros(offset, buffer):
             return True
         return self.child.try_read_into(offset, buffer)
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        return self.child.try_read_later(offset, buffer, done)
 
     def _read_zeros(self, offset: int, buffer: memoryview) -> bool:
         length = len(buffer)

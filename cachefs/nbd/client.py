@@ -1,7 +1,7 @@
 """The connections to an NBD export: made, kept up, and given requests.
 
 `Client` keeps up to `connections` of them, makes lost ones anew for as long as it is open, with growing pauses, and gives each
-request to the one with the fewest in flight. A request that waits for a connection was not started: cancelling drops it.
+request to one of them (`_choose`). A request that waits for a connection was not started: cancelling drops it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cachefs.nbd.transport import LOST, Transport, reason_of
 log = logging.getLogger(__name__)
 
 DEPTH = 64  # requests in flight on a connection
+CROWD, CROWD_BYTES = 8, 1 << 20  # requests, and bytes to be read, beyond which the next connection is used
 
 Dial = Callable[[], Awaitable[tuple[Transport, Export]]]
 """Makes a transport and does the handshake. Raises: RefusedError, ProtocolError, and what transports raise."""
@@ -187,7 +188,8 @@ class Client:
             self._breaker.lost(trio.current_time())
 
     def _make_room(self) -> None:
-        self._changed.unpark()
+        if self._changed:
+            self._changed.unpark()
 
     def _lose(self, connection: Connection) -> None:
         if connection not in self._connections:
@@ -204,11 +206,34 @@ class Client:
     async def ask(self, request: Request, data: memoryview | None = None, *, give_up: bool = True) -> None:
         """As `Connection.ask`, on the connection with the fewest requests; waits for one as long as there is none."""
         while True:
-            connection = min(self._connections, key=lambda one: one.load, default=None)
-            if connection is not None and connection.load < DEPTH:
+            connection = self._choose()
+            if connection is not None:
                 break
             await self._changed.park()
         await connection.ask(request, data, give_up=give_up)
+
+    def try_ask_later(self, request: Request) -> bool:
+        """As `Connection.ask_later`; False, done nothing, while there is no connection with room for it."""
+        connection = self._choose()
+        if connection is None:
+            return False
+        connection.ask_later(request)
+        return True
+
+    def _choose(self) -> Connection | None:
+        """The first that is not crowded, else the one with the fewest requests; None when all have DEPTH.
+
+        Requests that go over one connection share system calls and wake-ups, here and in the server; but nobody is to wait
+        for long data of others, and nbdkit serves no more than 16 requests of a connection at once.
+        """
+        best, least = None, DEPTH
+        for connection in self._connections:
+            load = connection.load
+            if load < CROWD and connection.expected_bytes < CROWD_BYTES:
+                return connection
+            if load < least:
+                best, least = connection, load
+        return best
 
 
 def _is_same(export: Export, expected: Export) -> bool:

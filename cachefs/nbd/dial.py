@@ -74,7 +74,7 @@ async def _receive_exactly(transport: Transport, count: int) -> bytes:
     whole = left
     while left:
         target = left
-        got = await transport.receive(lambda target=target: target)  # type: ignore[misc]
+        got = await transport.receive(lambda target=target: (target,))  # type: ignore[misc]
         if not got:
             raise ProtocolError("it closed the connection during the handshake")
         left = left[got:]

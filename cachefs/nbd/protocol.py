@@ -35,6 +35,7 @@ NO_HOLE = 1 << 1  # of a WRITE_ZEROES: keep the space
 _REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
 _SIMPLE = struct.Struct(">IQ")  # error, cookie
 _CHUNK = struct.Struct(">HHQI")  # flags, kind, cookie, length of the payload
+_WHOLE_READ = struct.Struct(">IHHQIQ")  # magic, a chunk's head, offset of its data
 _HOLE = struct.Struct(">QI")  # offset, length
 _ERROR = struct.Struct(">IH")  # error, length of the message
 _DESCRIPTOR = struct.Struct(">II")  # length, flags
@@ -43,6 +44,7 @@ _DONE = 1  # flag of the last chunk of a reply
 _NONE, _DATA, _DATA_HOLE, _STATUS, _IS_ERROR, _ERROR_OFFSET = 0, 1, 2, 5, 1 << 15, (1 << 15) + 2
 _STATE_HOLE, _STATE_ZERO = 1, 2
 
+_SMALL = 32  # bytes: every piece but a status and an error
 _MAX_MESSAGE = 4096
 _MAX_STATUS = 8 << 20  # of a payload: nbdkit ends a reply after a million descriptors, qemu-nbd after 128 Ki
 _MOST_DESCRIPTORS = 16384  # of a payload that are looked at, on the loop: the rest is asked for again
@@ -84,12 +86,16 @@ class Command(enum.IntEnum):
 CHANGES = frozenset({Command.WRITE, Command.WRITE_ZEROES})
 
 
-@dataclass(eq=False)
+def _nobody(request: Request) -> None:
+    """Hears of the end of a request that nobody waits for."""
+
+
+@dataclass(eq=False, slots=True)
 class Request:
     """A request and what was answered. buffer: of a READ, exactly *length* bytes; None when it was given up.
 
-    error: the server's, 0 is none. extents: of a BLOCK_STATUS, a prefix of its range that is not empty. token: its
-    sender's, not looked at here.
+    error: the server's, 0 is none. extents: of a BLOCK_STATUS, a prefix of its range that is not empty. then: told once
+    that it was answered, or never will be (`is_answered`). token: its sender's, not looked at here.
     """
 
     command: Command
@@ -98,6 +104,9 @@ class Request:
     flags: int = 0
     buffer: memoryview | None = None
     cookie: int = -1
+    then: Callable[[Request], None] = _nobody
+    sent_at: float = 0.0
+    is_answered: bool = False
     error: int = 0
     message: str = ""
     extents: list[Extent] | None = None
@@ -129,13 +138,14 @@ class ReplyParser:
         self._structured = structured
         self._context = context
         self._finished: list[Request] = []
-        self._piece = memoryview(b"")
+        self._small = memoryview(bytearray(_SMALL))  # the pieces, but for long ones
+        self._magic = self._small[:4]
+        self._piece = self._magic
         self._have = 0
         self._step: Callable[[memoryview], None] = self._take_magic
         self._request: Request | None = None  # whose chunk it is
         self._is_last = False
         self._at = self._left = 0  # in the buffer of a read
-        self._expect(4, self._take_magic)
 
     # ---- what the client says
 
@@ -180,17 +190,58 @@ class ReplyParser:
 
         Raises: ProtocolError.
         """
-        while data:
+        at, end = 0, len(data)
+        while at < end:
+            if self._piece is self._magic and not self._have and end - at >= _WHOLE_READ.size:
+                request = self._find_whole_read(data, at)
+                if request is not None:
+                    at += _WHOLE_READ.size
+                    until = at + request.length
+                    if until <= end:
+                        if request.buffer is not None:
+                            request.buffer[:] = data[at:until]
+                        at = until
+                        del self.pending[request.cookie]
+                        request.is_answered = True
+                        yield request
+                    else:
+                        request.chunks, request.fragments, self._is_last = 1, [(0, request.length)], True
+                        self._begin_data(request, 0, request.length)
+                    continue
             target = self.where()
-            count = min(len(target), len(data))
-            target[:count] = data[:count]
-            data = data[count:]
+            count = min(len(target), end - at)
+            target[:count] = data[at : at + count]
+            at += count
             yield from self.received(count)
+
+    def _find_whole_read(self, data: memoryview, at: int) -> Request | None:
+        """The read that all of is answered by one chunk which begins at *at*: what nearly every reply is.
+
+        None: it is something else, or is none at all; the steps look closer.
+        """
+        magic, flags, kind, cookie, length, offset = _WHOLE_READ.unpack_from(data, at)
+        if magic != STRUCTURED_REPLY_MAGIC or flags != _DONE or kind != _DATA or not self._structured or self._left:
+            return None
+        request = self.pending.get(cookie)
+        if (
+            request is None
+            or request.command is not Command.READ
+            or request.chunks
+            or offset != request.offset
+            or length != request.length + 8
+            or not request.length
+        ):
+            return None
+        return request
 
     # ---- the steps
 
     def _expect(self, count: int, step: Callable[[memoryview], None]) -> None:
-        self._piece, self._have, self._step = memoryview(bytearray(count)), 0, step
+        piece = self._small[:count] if count <= _SMALL else memoryview(bytearray(count))
+        self._piece, self._have, self._step = piece, 0, step
+
+    def _expect_reply(self) -> None:
+        self._piece, self._have, self._step = self._magic, 0, self._take_magic
 
     def _find(self, cookie: int) -> Request:
         request = self._request = self.pending.get(cookie)
@@ -313,7 +364,7 @@ class ReplyParser:
     def _end_chunk(self) -> None:
         request = self._current()
         if not self._is_last:
-            self._expect(4, self._take_magic)
+            self._expect_reply()
             return
         if request.chunks and request.command is Command.READ and not request.error:
             whole = [(0, request.length)]
@@ -325,9 +376,10 @@ class ReplyParser:
         if request.command is Command.BLOCK_STATUS and not request.error and request.extents is None:
             raise ProtocolError("a block status without a status")
         del self.pending[request.cookie]
+        request.is_answered = True
         self._finished.append(request)
         self._request = None
-        self._expect(4, self._take_magic)
+        self._expect_reply()
 
 
 def _kind(flags: int) -> ExtentKind:

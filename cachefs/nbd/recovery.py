@@ -252,7 +252,7 @@ class Recovery:
             self._unflushed.send_again(token)
             self._in_flight.add(token)
             return
-        if self._due and self._barred.overlap(request.offset, request.length):
+        if self.bars(request.offset, request.length):
             raise _Barred
         if isinstance(token, _Writer):
             change = self._unflushed.put(token.kind, request.offset, request.length, token.data)
@@ -271,8 +271,12 @@ class Recovery:
                 await self._wait_until_clear(request.offset, request.length)
 
     async def _wait_until_clear(self, offset: int, length: int) -> None:
-        while self._due and self._barred.overlap(offset, length):
+        while self.bars(offset, length):
             await self._sound.wait()
+
+    def bars(self, offset: int, length: int) -> bool:
+        """Whether something overlaps that is to be sent again first."""
+        return bool(self._due) and self._barred.overlap(offset, length)
 
     async def change(self, kind: Kind, offset: int, length: int, data: memoryview | None) -> Request:
         """Make a change and return its request, answered. Raises: ConnectionLost when nothing of it was sent."""

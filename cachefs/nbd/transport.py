@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import ssl
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -20,8 +20,12 @@ LOST = (OSError, ssl.SSLError, trio.BrokenResourceError, trio.ClosedResourceErro
 """What the operations of a transport raise when it is lost."""
 
 
+Where = Callable[[], Sequence[memoryview]]
+"""The places where the next bytes belong, one behind the other; none is empty."""
+
+
 class Transport(Protocol):
-    async def receive(self, where: Callable[[], memoryview]) -> int:
+    async def receive(self, where: Where) -> int:
         """Bytes that came, as many as there are; 0 at the end of the stream."""
 
     def send_now(self, parts: list[memoryview]) -> list[memoryview]:
@@ -43,10 +47,13 @@ class Plain:
         connected.setblocking(False)
         self._socket = connected
 
-    async def receive(self, where: Callable[[], memoryview]) -> int:
+    async def receive(self, where: Where) -> int:
         while True:
+            places = where()
             with suppress(BlockingIOError):
-                return self._socket.recv_into(where())
+                if len(places) == 1:
+                    return self._socket.recv_into(places[0])
+                return self._socket.recvmsg_into(places)[0]
             await trio.lowlevel.wait_readable(self._socket)
 
     def send_now(self, parts: list[memoryview]) -> list[memoryview]:
@@ -86,10 +93,10 @@ class Tls:
     async def handshake(self) -> None:
         await self._stream.do_handshake()
 
-    async def receive(self, where: Callable[[], memoryview]) -> int:
+    async def receive(self, where: Where) -> int:
         if not self._left:
             self._left = memoryview(await self._stream.receive_some(256 << 10))
-        target = where()
+        target = where()[0]
         count = min(len(target), len(self._left))
         target[:count] = self._left[:count]
         self._left = self._left[count:]

@@ -23,7 +23,7 @@ from unittest import mock
 from cachefs.backends.memory import Memory
 from cachefs.extent import Extent
 from cachefs.graph import edge
-from cachefs.layers.base import Environment, Layer
+from cachefs.layers.base import Environment, Later, Layer
 from cachefs.layers.cache import Cache, CacheConfig
 from cachefs.layers.checked import Checked
 from cachefs.pool import pool as pool_module
@@ -57,6 +57,9 @@ class Recorder(Wrapper):
             return False
         self.reads.append((offset, len(buffer)))
         return True
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        return False
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         self.reads.append((offset, len(buffer)))

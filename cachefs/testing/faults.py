@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from cachefs.errors import CachefsError, PermanentError
 from cachefs.extent import Extent
-from cachefs.layers.base import Done, Layer
+from cachefs.layers.base import Done, Later, Layer
 from cachefs.testing.rules import EVERYWHERE, Rule
 from cachefs.testing.wrapper import Wrapper
 
@@ -59,6 +59,11 @@ class Faults(Wrapper):
             return False
         self._meet("read_into", offset, len(buffer))
         return True
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        if self._bars_fast_path("read_into", offset, len(buffer)):
+            return False
+        return self.child.try_read_later(offset, buffer, done)
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         if self._bars_fast_path("write", offset, len(data)) or not self.child.try_write(offset, data):

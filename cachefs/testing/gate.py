@@ -25,7 +25,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from cachefs.extent import Extent
-from cachefs.layers.base import Done, Layer
+from cachefs.layers.base import Done, Later, Layer
 from cachefs.store.localfile import PUNCH_HOLE, LocalFile, fallocate
 from cachefs.store.rounds import FlushRounds
 from cachefs.testing.rules import EVERYWHERE, Rule
@@ -145,6 +145,11 @@ class Gate(_Holds, Wrapper):
         if self._bars_fast_path("read_into", offset, len(buffer)):
             return False
         return self.child.try_read_into(offset, buffer)
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        if self._bars_fast_path("read_into", offset, len(buffer)):
+            return False
+        return self.child.try_read_later(offset, buffer, done)
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         if self._bars_fast_path("write", offset, len(data)):

@@ -8,11 +8,12 @@ from __future__ import annotations
 import trio
 
 from cachefs.extent import Extent
-from cachefs.layers.base import Done, Layer, Slow, Statistics
+from cachefs.layers.base import Done, Later, Layer, Slow, Statistics
 
 OPERATIONS = (
     "try_read_into",
     "try_write",
+    "try_read_later",
     "try_flush",
     "try_extent",
     "read_into",
@@ -41,6 +42,9 @@ class Wrapper:
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
         return self.child.try_read_into(offset, buffer)
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        return self.child.try_read_later(offset, buffer, done)
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         return self.child.try_write(offset, data)

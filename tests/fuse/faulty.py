@@ -22,7 +22,7 @@ import trio
 from cachefs.errors import CachefsError
 from cachefs.extent import Extent
 from cachefs.layers import LAYERS
-from cachefs.layers.base import Done, Environment, Layer, Options, Statistics
+from cachefs.layers.base import Done, Environment, Later, Layer, Options, Statistics
 
 ERRORS = {
     "RuntimeError": lambda: RuntimeError("on demand"),
@@ -103,6 +103,11 @@ class Faulty:
         if any(rule[0] == "read" for rule in self.rules):
             return False
         return self.child.try_read_into(offset, buffer)
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        if any(rule[0] == "read" for rule in self.rules):
+            return False
+        return self.child.try_read_later(offset, buffer, done)
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         self.meet_now("try_write", offset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -243,6 +244,35 @@ def test_write_in_flight_on_a_killed_server_is_carried_out_when_it_is_back(
     os.close(disk)
     mounted.umount()
     assert image.read_bytes()[:4096] == b"x" * 4096
+
+
+@pytest.mark.logs("forced stop", "still serving")
+def test_forced_stop_answers_reads_that_a_silent_server_holds(
+    mount: Any, servers: Servers, image: Path, cachefs: Any, wait_until: Any
+) -> None:
+    uri, server = servers.nbdkit("file", image)
+    mounted = mount({"disks": {"vm": over(uri)}})
+    assert server.process is not None
+    disk = opened(mounted.path / "vm", os.O_RDONLY)
+    server.process.send_signal(signal.SIGSTOP)
+    raised: list[OSError] = []
+
+    def read() -> None:
+        try:
+            os.pread(disk, 4096, 4096)
+        except OSError as exc:
+            raised.append(exc)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_until(lambda: mounted.status()["daemon"]["waiting_requests"] == 1, "the read to wait")
+    assert mounted.layer("vm", -1)["later_reads"]
+    cachefs("umount", "--force", mounted.path)
+    mounted.process.wait(10)
+    reader.join(10)
+    with pytest.raises(OSError):
+        os.close(disk)
+    assert [exc.errno for exc in raised] == [errno.EIO]
 
 
 def test_server_that_is_not_there_is_named_when_the_mount_fails(

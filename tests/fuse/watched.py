@@ -24,7 +24,7 @@ from typing import Any
 import trio
 
 from cachefs.layers import LAYERS
-from cachefs.layers.base import Environment, Layer, Options, Statistics
+from cachefs.layers.base import Environment, Later, Layer, Options, Statistics
 from cachefs.testing.wrapper import Wrapper
 
 DEADLINE_S = 60.0  # a thread that nobody let go would keep the daemon from ending
@@ -77,6 +77,9 @@ class Watched(Wrapper):
             return False
         self._note(offset, len(buffer))
         return True
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        return False
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         self._note(offset, len(buffer))

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -35,6 +36,7 @@ from cachefs.testing.model import (
 from cachefs.testing.rules import Rule
 from cachefs.testing.stacks import Bench, Case, Stack, cow_layer, read_overlay
 from cachefs.testing.strategies import patterns
+from cachefs.testing.wrapper import Wrapper
 
 SIZE, BLOCK, GIB = 130000, 4096, 1 << 30
 MakeBench = Callable[..., Bench]
@@ -184,6 +186,32 @@ async def test_absent_run_goes_down_as_one_request(make: MakeBench) -> None:
         await write(stack.top, 10 * BLOCK, bytes(BLOCK))
         await read(stack.top, 100, 20 * BLOCK)
         assert faults.calls == {"read_into": 2}
+
+
+class Later(Wrapper):
+    """Takes every read that needs no task, and never comes to its end."""
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Any) -> bool:
+        buffer[:] = b"B" * len(buffer)
+        return True
+
+
+async def test_only_reads_of_what_is_all_the_bases_are_done_without_a_task(make: MakeBench) -> None:
+    bench = make()
+    async with bench.open(Later) as stack:
+        await write(stack.top, BLOCK, b"x" * BLOCK)
+        await stack.top.trim(3 * BLOCK, BLOCK)
+        for offset, length, taken in (
+            (0, BLOCK, True),
+            (2 * BLOCK, BLOCK, True),
+            (0, BLOCK + 1, False),
+            (BLOCK, 1, False),
+            (3 * BLOCK, BLOCK, False),
+            (2 * BLOCK + 1, BLOCK, False),
+        ):
+            buffer = bytearray(length)
+            assert stack.top.try_read_later(offset, memoryview(buffer), lambda until: None) is taken
+            assert buffer == (b"B" if taken else b"\0") * length
 
 
 async def test_sequences_of_zeros_are_stored_as_zero_blocks_when_asked_for(make: MakeBench) -> None:

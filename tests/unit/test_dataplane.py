@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from cachefs.backends.memory import Memory
 from cachefs.disk import Disk
 from cachefs.errors import CachefsError, NoSpaceError
 from cachefs.extent import Extent
+from cachefs.fuse import clients
 from cachefs.fuse import dataplane as module
 from cachefs.fuse.boundary import Boundary
 from cachefs.fuse.buffers import REQUEST_AT, Buffer
@@ -32,7 +34,8 @@ from cachefs.fuse.protocol import (
     Opcode,
 )
 from cachefs.graph import edge
-from cachefs.store.rounds import Done
+from cachefs.layers.base import Done, Later
+from cachefs.limits import BUFFERS_PER_DISK
 
 SIZE = 100_000
 VM, READ_ONLY, NOBODY = 2, 3, 99  # inodes
@@ -48,6 +51,9 @@ class Scripted(Memory):
         self.error: Exception = RuntimeError("on demand")
         self.pending: Exception | None = None
         self.fast = True
+        self.takes_later = False
+        self.later: list[tuple[int, memoryview, Later]] = []
+        self.hangs: trio.Event | None = None
         self.flushes = 0
 
     def _meet(self, operation: str) -> None:
@@ -57,6 +63,12 @@ class Scripted(Memory):
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
         self._meet("try_read")
         return self.fast and super().try_read_into(offset, buffer)
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        self._meet("try_later")
+        if self.takes_later:
+            self.later.append((offset, buffer, done))
+        return self.takes_later
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         self._meet("try_write")
@@ -72,6 +84,8 @@ class Scripted(Memory):
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         self._meet("read")
+        if self.hangs is not None:
+            await self.hangs.wait()
         super().try_read_into(offset, buffer)
 
     async def write(self, offset: int, data: memoryview) -> None:
@@ -183,6 +197,124 @@ async def test_a_hit_leaves_the_buffer_and_a_miss_takes_it() -> None:
         plane.layer.fast = False
         assert not plane.send(Opcode.READ, request)
         assert (await plane.answer())[1] == bytes(512)
+
+
+def begin_reads(plane: Rig, count: int) -> None:
+    """READs of 512 bytes at 0, 512, ... that the layer begins without a task, as far as they are let in."""
+    plane.layer.fast, plane.layer.takes_later = False, True
+    for number in range(count):
+        plane.send(Opcode.READ, READ_IN.pack(1, number * 512, 512, 0, 0, 0, 0))
+
+
+async def test_a_read_without_a_task_is_answered_when_the_layer_has_filled_its_buffer() -> None:
+    async with rig() as plane:
+        begin_reads(plane, 1)
+        assert plane.nothing_to_hear()
+        offset, buffer, done = plane.layer.later.pop()
+        assert (offset, len(buffer)) == (0, 512)
+        buffer[:] = b"x" * 512
+        done(None)
+        assert await plane.answer() == (0, b"x" * 512)
+        assert plane.dataplane._disks[VM].top.statistics().values["later_reads"] == 1
+        assert plane.dataplane.waiting.statistics()["waiting_requests"] == 0
+
+
+async def test_a_read_that_could_not_be_done_without_a_task_gets_one() -> None:
+    async with rig() as plane:
+        await plane.write(0, b"hello")
+        begin_reads(plane, 1)
+        plane.layer.later.pop()[2](trio.current_time() + 10)
+        assert (await plane.answer())[1][:6] == b"hello\0"
+
+
+@pytest.mark.logs("it was not answered in time")
+async def test_the_task_of_a_read_that_began_without_one_has_until_its_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with rig() as plane:
+        plane.layer.hangs = trio.Event()
+        begin_reads(plane, 1)
+        began = trio.current_time()
+        plane.layer.later.pop()[2](began + 10)
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(9.9)
+        assert plane.nothing_to_hear()
+        await trio.sleep(0.2)
+        assert await plane.answer() == (errno.EIO, b"")
+
+
+async def test_reads_without_a_task_count_as_those_with_one() -> None:
+    async with rig() as plane:
+        begin_reads(plane, BUFFERS_PER_DISK + 2)
+        assert len(plane.layer.later) == BUFFERS_PER_DISK
+        plane.layer.later[0][2](None)
+        assert len(plane.layer.later) == BUFFERS_PER_DISK + 1
+        plane.layer.takes_later = False
+        plane.layer.later[1][2](None)  # the last one that is queued gets a task
+        await trio.testing.wait_all_tasks_blocked()
+        for _, _, done in plane.layer.later[2:]:
+            done(None)
+        statistics = plane.dataplane.waiting.statistics()
+        assert statistics["waiting_requests"] == statistics["queued_bytes"] == 0
+
+
+async def test_the_buffer_of_a_read_whose_client_is_gone_is_the_layers_until_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clients, "resolve", lambda pid: "client")
+    monkeypatch.setattr(clients, "is_dead", lambda client: True)
+    async with rig() as plane:
+        waiting, free = plane.dataplane.waiting, plane.dataplane.pool._free
+        plane.layer.hangs = trio.Event()
+        begin_reads(plane, 2)
+        waiting._look()
+        assert [-OUT_HEADER.unpack(plane.kernel.recv(100))[1] for _ in range(2)] == [errno.EINTR] * 2
+        assert not free
+        plane.layer.later[0][2](None)
+        plane.layer.later[1][2](trio.current_time() + 10)  # nobody wants it: no task
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(free) == 2
+        assert plane.nothing_to_hear()
+        assert waiting.statistics()["waiting_requests"] == 0
+
+
+async def test_stop_answers_whoever_waits_and_begins_nothing() -> None:
+    async with rig() as plane:
+        begin_reads(plane, BUFFERS_PER_DISK + 1)
+        plane.dataplane.waiting.stop()
+        codes = [-OUT_HEADER.unpack(plane.kernel.recv(100))[1] for _ in range(BUFFERS_PER_DISK + 1)]
+        assert set(codes) == {errno.EIO}
+        for index, (_, _, done) in enumerate(plane.layer.later.copy()):
+            done(None if index % 2 else trio.current_time() + 10)
+        await trio.testing.wait_all_tasks_blocked()
+        assert plane.nothing_to_hear()
+        assert len(plane.layer.later) == BUFFERS_PER_DISK
+
+
+async def test_drain_waits_for_reads_without_a_task() -> None:
+    async with rig() as plane, trio.open_nursery() as nursery:
+        begin_reads(plane, 2)
+        drained = trio.Event()
+
+        async def drain() -> None:
+            await plane.dataplane.waiting.drain()
+            drained.set()
+
+        nursery.start_soon(drain)
+        for _, _, done in plane.layer.later.copy():
+            await trio.testing.wait_all_tasks_blocked()
+            assert not drained.is_set()
+            done(None)
+        await drained.wait()
+
+
+@pytest.mark.logs("failed on a bug in cachefs")
+async def test_a_bug_in_the_way_without_a_task_leaves_the_way_with_one() -> None:
+    async with rig() as plane:
+        plane.layer.fast = False
+        plane.layer.fails = {"try_later"}
+        assert await plane.read(0, 512) == (0, bytes(512))
+        assert plane.boundary.internal_errors == 1
 
 
 @both_paths

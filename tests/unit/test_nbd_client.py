@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import select
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,9 +20,22 @@ from trio.testing import wait_all_tasks_blocked
 from cachefs.backends.nbd import Nbd, NbdConfig
 from cachefs.errors import BackendTimeout, StoreError
 from cachefs.layers.base import Environment
-from cachefs.nbd.client import DEPTH
+from cachefs.nbd.client import CROWD, DEPTH
 from cachefs.nbd.handshake import Export, Flag, RefusedError
-from cachefs.testing.nbdscript import EXPORT, FLAGS, SIZE, Network, Reading, answer, opened
+from cachefs.testing.nbdscript import (
+    EXPORT,
+    FLAGS,
+    READ,
+    SIZE,
+    WRITE,
+    Changing,
+    Heard,
+    Network,
+    Reading,
+    Server,
+    answer,
+    opened,
+)
 
 pytestmark = pytest.mark.logs("connection lost, making a new one")
 
@@ -27,6 +43,15 @@ pytestmark = pytest.mark.logs("connection lost, making a new one")
 @pytest.fixture
 def network() -> Network:
     return Network()
+
+
+async def done(server: Server, operation: Any, *arguments: Any) -> Heard:
+    """*operation*, answered at once."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(operation, *arguments)
+        heard = await server.hear()
+        await server.answer(heard)
+    return heard
 
 
 # ---- answers
@@ -57,6 +82,30 @@ async def test_large_read_is_received_into_its_buffer_in_pieces(network: Network
             await wait_all_tasks_blocked()
         assert reading.is_done
         assert reading.buffer == data
+
+
+@pytest.mark.parametrize("step", [511, 20000, 65536, 150000, 1 << 20])
+async def test_long_and_short_reads_come_behind_each_other_in_any_pieces(network: Network, step: int) -> None:
+    lengths = (100000, 5, 70000, 16384, 200000, 1)
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        readings = [Reading(disk, number, length) for number, length in enumerate(lengths)]
+        for reading in readings:
+            nursery.start_soon(reading.run)
+            await wait_all_tasks_blocked()
+        heard = [await server.hear() for _ in readings]
+        readings[2].scope.cancel()
+        await wait_all_tasks_blocked()
+        said = b"".join(answer(one, bytes([one.offset]) * one.length) for one in heard)
+        for at in range(0, len(said), step):
+            await server.say(said[at : at + step])
+            if step < 1000 and at % 50 == 0:
+                await trio.lowlevel.checkpoint()
+            elif step > 1000:
+                await wait_all_tasks_blocked()
+        await wait_all_tasks_blocked()
+        for number, (reading, length) in enumerate(zip(readings, lengths, strict=True)):
+            assert reading.buffer == (b"?" if number == 2 else bytes([number])) * length
+            assert reading.is_done is (number != 2)
 
 
 @pytest.mark.parametrize("length", [4096, 200000])
@@ -102,6 +151,147 @@ async def test_no_more_requests_are_in_flight_than_the_depth_and_given_up_ones_c
             await server.answer(await server.hear(), b"n")
         await wait_all_tasks_blocked()
         assert [bytes(reading.buffer) for reading in readings[DEPTH:]] == [b"n", b"n"]
+
+
+# ---- reads without a task
+
+
+def read_later(disk: Nbd, offset: int, length: int) -> tuple[bytearray, list[float | None]]:
+    """The buffer of a read that was begun, and what it will be told."""
+    buffer, told = bytearray(b"?" * length), list[float | None]()
+    assert disk.try_read_later(offset, memoryview(buffer), told.append)
+    assert told == []
+    return buffer, told
+
+
+async def test_read_without_a_task_is_told_when_its_buffer_is_filled(network: Network) -> None:
+    async with opened(network) as (disk, server):
+        reads = [read_later(disk, number * 8, 8) for number in range(3)]
+        heard = [await server.hear() for _ in reads]
+        assert [one.offset for one in heard] == [0, 8, 16]
+        await server.answer(heard[1], b"second!!")
+        await wait_all_tasks_blocked()
+        assert [told for _, told in reads] == [[], [None], []]
+        assert reads[1][0] == b"second!!"
+        assert reads[0][0] == b"?" * 8
+        for one in (heard[2], heard[0]):
+            await server.answer(one, b"%08d" % one.offset)
+        await wait_all_tasks_blocked()
+        assert reads[2] == (b"00000016", [None])
+        assert disk.statistics().values["in_flight"] == 0
+
+
+async def test_read_without_a_task_that_fails_may_be_tried_until_the_deadline_that_it_began_with(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with opened(network, timeout="3s", deadline="10s") as (disk, server):
+        began = trio.current_time()
+        _, refused = read_later(disk, 0, 8)
+        buffer, unanswered = read_later(disk, 8, 8)
+        await server.answer(await server.hear(), error=errno.EIO)
+        await wait_all_tasks_blocked()
+        assert refused == [pytest.approx(began + 10)]
+        await server.hear()
+        second = await network.accept()  # it was silent for too long
+        assert trio.current_time() - began >= 3
+        assert unanswered == [pytest.approx(began + 10)]
+        assert buffer == b"?" * 8
+        async with trio.open_nursery() as nursery:
+            reading = Reading(disk, 8, 8)
+            nursery.start_soon(reading.run)
+            await second.answer(await second.hear(), b"abcdefgh")
+        assert reading.buffer == b"abcdefgh"
+
+
+async def test_reads_without_a_task_are_told_of_a_loss_once_the_connection_is_not_used_any_more(
+    network: Network,
+) -> None:
+    async with opened(network) as (disk, server):
+        again: list[bool] = []
+
+        def told(until: float | None) -> None:
+            again.append(disk.try_read_later(0, memoryview(bytearray(1)), told))
+
+        assert disk.try_read_later(0, memoryview(bytearray(1)), told)
+        assert disk.try_read_later(0, memoryview(bytearray(1)), told)
+        server.close()
+        await wait_all_tasks_blocked()
+        assert again == [False, False]
+
+
+async def test_what_is_sent_while_the_socket_is_full_comes_whole_and_in_order(network: Network) -> None:
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        first, second = Changing(), Changing()
+        nursery.start_soon(first.run, disk.write, 0, memoryview(b"1" * SIZE))
+        await wait_all_tasks_blocked()  # in the middle of its data
+        reads = [read_later(disk, offset, 1) for offset in (7, 8)]
+        nursery.start_soon(second.run, disk.write, 9, memoryview(b"2" * (SIZE - 9)))
+        await wait_all_tasks_blocked()
+        reads.append(read_later(disk, 10, 1))
+        heard = [await server.hear() for _ in range(5)]
+        assert heard[0].data == b"1" * SIZE
+        assert {(one.command, one.offset) for one in heard[1:]} == {(READ, 7), (READ, 8), (WRITE, 9), (READ, 10)}
+        for one in heard:
+            await server.answer(one, b"r" if one.command == READ else b"")
+        await wait_all_tasks_blocked()
+        assert [told for _, told in reads] == [[None]] * 3
+        assert first.raised is second.raised is None
+        await done(server, disk.flush)
+
+
+async def test_nothing_is_sent_in_the_middle_of_what_is_being_sent(network: Network) -> None:
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        change = Changing()
+        nursery.start_soon(change.run, disk.write, 0, memoryview(b"1" * SIZE))
+        await wait_all_tasks_blocked()
+        got = os.read(server.stream.socket.fileno(), 28 + SIZE)  # there is room, and who waits for it has not run
+        assert len(got) < 28 + SIZE
+        read_later(disk, 7, 1)
+        got += await server._exactly(28 + SIZE - len(got))
+        assert got[28:] == b"1" * SIZE
+        heard = await server.hear()
+        assert (heard.command, heard.offset) == (READ, 7)
+        change.scope.cancel()
+        await server.say(struct.pack(">IHHQI", 0x668E33EF, 1, 0, struct.unpack_from(">Q", got, 8)[0], 0))
+        await wait_all_tasks_blocked()
+        await done(server, disk.flush)
+
+
+async def test_reads_without_a_task_fill_a_socket_and_go_on_when_there_is_room(network: Network) -> None:
+    network.export = replace(EXPORT, flags=FLAGS | Flag.CAN_MULTI_CONN)
+    async with opened(network, connections=2) as (disk, server):
+        other = await network.accept()
+        for one in network.all:
+            one.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        reads = [read_later(disk, offset, 1) for offset in range(2 * DEPTH)]
+        assert not disk.try_read_later(0, memoryview(bytearray(1)), lambda until: None)
+        for one in (server, other):
+            for _ in range(DEPTH):
+                heard = await one.hear()
+                await one.answer(heard, b"%c" % heard.offset)
+        await wait_all_tasks_blocked()
+        assert [(bytes(buffer), told) for buffer, told in reads] == [(b"%c" % n, [None]) for n in range(2 * DEPTH)]
+
+
+async def test_long_reads_go_over_several_connections_and_a_few_short_ones_over_one(network: Network) -> None:
+    network.export = replace(EXPORT, flags=FLAGS | Flag.CAN_MULTI_CONN)
+    async with opened(network, connections=2) as (disk, server):
+        other = await network.accept()
+        await wait_all_tasks_blocked()
+        for _ in range(CROWD):
+            read_later(disk, 0, 1)
+        for _ in range(CROWD):
+            assert (await server.hear()).length == 1
+        read_later(disk, 1, SIZE - 1)
+        assert (await other.hear()).length == SIZE - 1
+    network = Network()
+    network.export = replace(EXPORT, flags=FLAGS | Flag.CAN_MULTI_CONN)
+    async with opened(network, connections=2) as (disk, server):
+        other = await network.accept()
+        await wait_all_tasks_blocked()
+        for _ in range(2):
+            read_later(disk, 0, SIZE)
+        assert [(await one.hear()).length for one in (server, other)] == [SIZE, SIZE]
 
 
 # ---- connections that are lost under reads
@@ -164,6 +354,36 @@ async def test_silent_server_loses_its_connection_after_the_timeout(
         second = await network.accept()
         assert 3 <= trio.current_time() - began < 3.2
         await second.answer(await second.hear(), b"abcdefgh")
+
+
+async def test_server_that_falls_silent_after_a_pause_loses_its_connection_after_the_timeout(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with opened(network, timeout="3s") as (disk, server):
+        await trio.sleep(100)
+        began = trio.current_time()
+        _, told = read_later(disk, 0, 8)
+        await server.hear()
+        await network.accept()
+        assert 3 <= trio.current_time() - began < 3.2
+        assert len(told) == 1
+
+
+async def test_request_that_is_never_answered_loses_its_connection_at_the_deadline(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with opened(network, timeout="3s", deadline="20s") as (disk, server):
+        began = trio.current_time()
+        _, told = read_later(disk, 0, 8)
+        await server.hear()
+        for _ in range(10):
+            await trio.sleep(1.9)
+            assert told == []
+            read_later(disk, 8, 8)
+            await server.answer(await server.hear(), bytes(8))
+        await network.accept()
+        assert 20 <= trio.current_time() - began < 20.2
+        assert told == [pytest.approx(began + 20)]
 
 
 async def test_server_that_answers_others_is_not_silent(

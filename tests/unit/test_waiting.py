@@ -25,7 +25,9 @@ async def test_requests_that_have_hung_for_long_are_no_reason_for_the_channel_to
     async def work(_: Request) -> bytes:
         raise AssertionError("registered only")
 
-    waiting = Waiting(nursery, BufferPool(), Boundary(), replies.append, work, 65535, Spill(None))
+    waiting = Waiting(
+        nursery, BufferPool(), Boundary(), replies.append, lambda request, done: False, work, 65535, Spill(None)
+    )
     assert not waiting.is_brisk(time.perf_counter())
     first, second = (Request(disk, Opcode.FSYNC, unique, 0) for unique in (1, 2))
     waiting.register(first)
