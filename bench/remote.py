@@ -242,6 +242,9 @@ class Bench:
         with ExitStack() as stack:
             targets = []
             for name in self.options.targets:
+                if missing := WARM[name].missing_packages():
+                    print(f"skipped {name}, not installed: apt install {' '.join(missing)}", file=sys.stderr)
+                    continue
                 target = WARM[name](name, place)
                 self.warm_run.targets.setdefault(name, TargetInfo(target.title, name == PEER))
                 stack.callback(target.stop)
