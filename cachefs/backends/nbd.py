@@ -309,6 +309,7 @@ class Nbd:
         assert self._child is not None
         async with self._ending:
             if self._child.pid and self._child.started_at <= started_before:
+                self._client.drop_all("its server is started anew")  # nbdkit waits until its clients are gone
                 await self._child.end(_END_GRACE_S)
                 self._child.ensure_running()
 

@@ -28,7 +28,7 @@ import trio
 
 from cachefs.errors import TransientError
 from cachefs.nbd.handshake import Export
-from cachefs.nbd.protocol import Command, ProtocolError, ReplyParser, Request
+from cachefs.nbd.protocol import SHUTTING_DOWN, Command, ProtocolError, ReplyParser, Request
 from cachefs.nbd.transport import LOST, Transport, reason_of
 
 STAGING = 64 << 10  # bytes that may be received in front of a header
@@ -251,6 +251,8 @@ class Connection:
                 self.expected_bytes -= request.length
             request.then(request)
             self._on_room()
+            if request.error == SHUTTING_DOWN:
+                self.drop("the server is shutting down")  # nbdkit waits with that until its clients are gone
 
     async def _watch(self) -> None:
         """Lose the connection when nothing is heard for too long."""

@@ -62,7 +62,8 @@ _REASONS = {
     95: "it does not support that",
     108: "it is shutting down",
 }
-TRANSIENT_ERRORS = frozenset({12, 108})
+SHUTTING_DOWN = 108
+TRANSIENT_ERRORS = frozenset({12, SHUTTING_DOWN})
 
 _scratch = memoryview(bytearray(64 << 10))  # written by everybody, read by nobody
 

@@ -489,6 +489,31 @@ async def test_at_the_deadline_requests_fail_then_at_once_until_the_store_is_bac
         assert disk.pending_error() is None
 
 
+@pytest.mark.parametrize("command", ["read", "write", "extents"])
+async def test_a_server_that_shuts_down_is_left_and_asked_again(
+    network: Network, autojump_clock: MockClock, command: str
+) -> None:
+    """nbdkit waits for its clients to go, and answers whatever they ask with that."""
+    async with opened(network, fence="1s") as (disk, server), trio.open_nursery() as nursery:
+        operation = {
+            "read": (disk.read_into, 0, memoryview(bytearray(4))),
+            "write": (disk.write, 0, memoryview(b"abcd")),
+            "extents": (disk.extents, 0, 4),
+        }[command]
+        asking = start(nursery, *operation)
+        await server.answer(await server.hear(), error=108)
+        second = await network.accept()
+        heard = await second.hear()
+        await second.answer(
+            heard, bytes(4) if heard.command == READ else b"", errno.EINVAL if command == "extents" else 0
+        )
+        await wait_all_tasks_blocked()
+        assert asking.is_done
+        assert asking.raised is None
+        if command == "write":
+            await done(second, disk.flush)
+
+
 # ---- cancelling
 
 
