@@ -217,7 +217,10 @@ class Child:
     def _signal(self, number: signal.Signals) -> None:
         """To the whole group. It is ours for as long as the server is not reaped, zombie or not."""
         if self._process is not None:
-            os.killpg(self._process.pid, number)
+            try:
+                os.killpg(self._process.pid, number)
+            except PermissionError:
+                log.error("%s: the server runs as another user, and cannot be ended by this one", self.name)
 
     async def _watch(self, scope: trio.CancelScope) -> None:
         with scope:

@@ -47,14 +47,17 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_disk_on_a_server_of_its_own_keeps_what_was_written(mount: Any, image: Path) -> None:
+@pytest.mark.parametrize("foreground", [True, False])
+def test_disk_on_a_server_of_its_own_keeps_what_was_written(
+    mount: Any, image: Path, foreground: bool, wait_until: Callable[..., Any]
+) -> None:
     need("mkfs.ext4")
-    mounted = mount({"disks": {"vm": disk("nbdkit", "file", image)}})
+    mounted = mount({"disks": {"vm": disk("nbdkit", "file", image)}}, foreground=foreground)
     pid = server_pid(mounted, "vm")
     run("mkfs.ext4", "-q", "-F", mounted.path / "vm")
     assert mounted.layer("vm", -1)["connections"] == 4
     mounted.umount()
-    assert not runs(pid)
+    wait_until(lambda: not runs(pid), "the end of the server")
     run("fsck.ext4", "-f", "-n", image)
 
 
