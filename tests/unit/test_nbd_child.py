@@ -255,23 +255,25 @@ import sys, trio
 from pathlib import Path
 from cachefs.nbd.child import Child
 async def main():
-    async with Child.open("vm/nbd", sys.argv[2:], Path(sys.argv[1])) as child:
+    async with Child.open("vm/nbd", sys.argv[3:], Path(sys.argv[1])) as child:
+        if sys.argv[2] == "serving":
+            await (await trio.open_unix_socket(child.address.socket)).receive_some()
         print(child.pid, flush=True)
         await trio.sleep_forever()
 trio.run(main)
 """
 
 
-Daemons = Callable[[Path, list[str]], tuple["subprocess.Popen[str]", int]]
+Daemons = Callable[..., tuple["subprocess.Popen[str]", int]]
 
 
 @pytest.fixture
 def start_daemon() -> Iterator[Daemons]:
-    """`start_daemon(state_dir, command)`: a process that has opened a child, and the pid of that."""
+    """`start_daemon(state_dir, command)`: a process that has opened a child, which is *serving* or about to, and its pid."""
     started = []
 
-    def start(state_dir: Path, command: list[str]) -> tuple[subprocess.Popen[str], int]:
-        words = [sys.executable, "-c", DAEMON, str(state_dir), *command]
+    def start(state_dir: Path, command: list[str], stage: str = "serving") -> tuple[subprocess.Popen[str], int]:
+        words = [sys.executable, "-c", DAEMON, str(state_dir), stage, *command]
         daemon = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         started.append(daemon)
         assert daemon.stdout is not None
@@ -284,10 +286,11 @@ def start_daemon() -> Iterator[Daemons]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["starting", "serving"])
 def test_server_ends_when_its_daemon_is_killed(
-    tmp_path: Path, server: Callable[..., list[str]], start_daemon: Daemons, wait_until: Callable[..., Any]
+    tmp_path: Path, server: Callable[..., list[str]], start_daemon: Daemons, stage: str, wait_until: Callable[..., Any]
 ) -> None:
-    daemon, pid = start_daemon(tmp_path, server())
+    daemon, pid = start_daemon(tmp_path, server(), stage)
     assert is_there(pid)
     daemon.kill()
     wait_until(lambda: not is_there(pid), "the end of the server")
