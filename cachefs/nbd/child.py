@@ -167,6 +167,7 @@ class Child:
     async def end(self, grace_s: float = GRACE_S) -> None:
         """SIGTERM, after *grace_s* SIGKILL. On return the server and its descendants are gone: a fence.
 
+        Close the connections first: nbdkit ends when its clients have gone, and tells them to wait (ESHUTDOWN) until then.
         It stays so until `ensure_running`. May be called any number of times, also at once. Cancelled, SIGTERM has been sent.
         """
         self._is_wanted = False
