@@ -24,7 +24,6 @@ import fcntl
 import logging
 import math
 import os
-import select
 import shlex
 import shutil
 import signal
@@ -42,6 +41,7 @@ import trio
 from cachefs.errors import LockedError, StoreError
 from cachefs.insistence import backoff
 from cachefs.nbd.address import Address
+from cachefs.nbd.descendants import end_all, has_ended
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Child:
             child = cls(name, command, directory, listening)
             problem: Exception | None = None
             try:
-                await _end_all(child._mark, listening.earlier_session, name, GRACE_S)
+                await end_all(child._mark, listening.earlier_session, name, GRACE_S)
                 child._start()
                 scope = trio.CancelScope(shield=True)  # a cancelled owner still waits for the end
                 async with trio.open_nursery() as nursery:
@@ -155,7 +155,7 @@ class Child:
 
     async def check_lasted(self) -> None:
         """After a disk was opened, or was not. Raises: StoreError when the server that was started first has ended since."""
-        if self._process is not None and _has_ended(self._pidfd):
+        if self._process is not None and has_ended(self._pidfd):
             await self._gone.wait()
         if self.trouble:
             raise self._failure()
@@ -256,7 +256,7 @@ class Child:
         process = self._process
         assert process is not None
         await trio.lowlevel.wait_readable(self._pidfd)
-        await _end_all(self._mark, process.pid, self.name, _LEFT_BEHIND_GRACE_S)
+        await end_all(self._mark, process.pid, self.name, _LEFT_BEHIND_GRACE_S)
         _groups.discard(process.pid)
         status = process.wait()  # reaped only now: until then its number, which is the group's, is nobody else's
         os.close(self._pidfd)
@@ -371,57 +371,3 @@ def _listen_in(name: str, directory: Path) -> _Listening:
         path = address
     noted = os.pread(lock, 20, 0).strip()
     return _Listening(listening, path, folder, lock, int(noted) if noted.isdigit() else 0)
-
-
-# ---- the descendants of a server
-
-
-async def _end_all(mark: str, session: int, name: str, grace_s: float) -> None:
-    """Until no process is left that has *mark*: SIGTERM, after *grace_s* SIGKILL. Each is waited for to its very end."""
-    kill_at = trio.current_time() + grace_s
-    number = signal.SIGTERM
-    while left := await trio.to_thread.run_sync(_signal_left, mark, session, number):
-        log.info("%s: sent %s to what a server left behind: pid %s", name, number.name, ", ".join(map(str, left)))
-        try:
-            with trio.move_on_at(kill_at if number is signal.SIGTERM else math.inf):
-                for pidfd in left.values():
-                    await trio.lowlevel.wait_readable(pidfd)
-        finally:
-            for pidfd in left.values():
-                os.close(pidfd)
-        if trio.current_time() >= kill_at:
-            number = signal.SIGKILL
-
-
-def _signal_left(mark: str, session: int, number: signal.Signals) -> dict[int, int]:
-    """Send *number* to each process that has *mark* in its environment. Blocks for milliseconds.
-
-    Returns: pid -> pidfd of each that has not ended, with those of *session* that are about to: they have no environment any
-    more, and may still write.
-    """
-    pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
-    held = ((pid, _hold(pid, mark, session, number)) for pid in pids)
-    return {pid: pidfd for pid, pidfd in held if pidfd is not None}
-
-
-def _hold(pid: int, mark: str, session: int, number: signal.Signals) -> int | None:
-    try:
-        pidfd = os.pidfd_open(pid)  # before the look: what is seen is this process, and none that has its number later
-    except OSError:
-        return None
-    with contextlib.suppress(OSError):  # it has gone, or is somebody else's
-        environment = Path(f"/proc/{pid}/environ").read_bytes()
-        is_marked = mark.encode() in environment.split(b"\0")
-        if (is_marked or (not environment and os.getsid(pid) == session)) and not _has_ended(pidfd):
-            if is_marked:
-                signal.pidfd_send_signal(pidfd, number)
-            return pidfd
-    os.close(pidfd)
-    return None
-
-
-def _has_ended(pidfd: int) -> bool:
-    """With all of its threads, reaped or not."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
