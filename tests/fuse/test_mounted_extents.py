@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from nbdservers import Servers
 from test_files import KEEP_SIZE, PUNCH_HOLE, fallocate, need, pattern, run
+from test_io import loop_device
 
 pytestmark = pytest.mark.slow
 
@@ -324,4 +325,34 @@ def test_what_the_mounted_file_calls_a_hole_is_zeros_beside_writers(
         finally:
             is_over.set()
     assert checked
+    mounted.umount()
+
+
+# ---- discards from the host
+
+
+@pytest.mark.parametrize("kind", ["plain", "overlaid", "nbd", "cached-through"])
+@pytest.mark.parametrize("how", [(), ("-z",)], ids=["discard", "zeroout"])
+def test_blkdiscard_of_a_loop_device_gives_the_space_back(
+    mount: Any, servers: Servers, tmp_path: Path, kind: str, how: tuple[str, ...], wait_until: Callable[..., Any]
+) -> None:
+    need("blkdiscard")
+    image = tmp_path / "image.raw"
+    with image.open("wb") as file:
+        file.truncate(32 * MIB)
+    mounted = mount(stack_of(kind, image, tmp_path, servers))
+    disk = mounted.path / "vm"
+    with disk.open("r+b", buffering=0) as file:
+        for at in range(0, 32 * MIB, MIB):
+            os.pwrite(file.fileno(), pattern(MIB), at)
+    store = tmp_path / "state" / "overlays" / "vm" / "data" if kind == "overlaid" else image
+    assert store.stat().st_blocks * 512 >= 32 * MIB
+    with loop_device(disk) as device:
+        run("blkdiscard", *how, "-o", "8M", "-l", "16M", device)
+    assert [(one["start"], one["length"]) for one in qemu_map(disk) if one["zero"]] == [(8 * MIB, 16 * MIB)]
+    with disk.open("rb", buffering=0) as file:  # after the map: ext4 calls zeros data that somebody has read
+        content = file.read()
+    assert content == pattern(MIB) * 8 + bytes(16 * MIB) + pattern(MIB) * 8
+    if not how or kind == "overlaid":
+        wait_until(lambda: store.stat().st_blocks * 512 <= 16 * MIB + 65536, "the space of what was discarded")
     mounted.umount()
