@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cachefs.backends.memory import Memory
 from cachefs.disk import Disk
 from cachefs.errors import CachefsError, NoSpaceError
-from cachefs.extent import Extent
+from cachefs.extent import Extent, ExtentKind
 from cachefs.fuse import clients
 from cachefs.fuse import dataplane as module
 from cachefs.fuse.boundary import Boundary
@@ -570,3 +570,30 @@ async def test_no_bytes_raise_and_every_request_has_one_answer(
         plane.layer.fast = True
         assert await plane.write(0, b"goes on") == (0, 7)
         assert await plane.read(0, 7) == (0, b"goes on")
+
+
+async def test_an_lseek_that_gives_up_says_data_only_of_what_is_not_known(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The first two extents are told, what follows never."""
+    told = [Extent(0, 4096, ExtentKind.HOLE), Extent(4096, 4096, ExtentKind.DATA)]
+
+    async def extents(offset: int, *_: object) -> list[Extent]:
+        found = [one for one in told if one.end > offset]
+        if not found:
+            await trio.sleep_forever()
+        return [Extent(offset, found[0].end - offset, found[0].kind)]
+
+    async with rig() as plane:
+        plane.layer.fast = False
+        plane.layer.extents = extents  # type: ignore[assignment,method-assign]
+        for at, whence, answer in (
+            (0, os.SEEK_DATA, 4096),
+            (0, os.SEEK_HOLE, 0),
+            (4096, os.SEEK_HOLE, 8192),
+            (8192, os.SEEK_HOLE, SIZE),
+            (8192, os.SEEK_DATA, 8192),
+        ):
+            plane.send(Opcode.LSEEK, LSEEK_IN.pack(1, at, whence, 0))
+            await trio.sleep(module.LSEEK_PATIENCE_S + 0.1)
+            assert await plane.answer() == (0, answer.to_bytes(8, "little"))
