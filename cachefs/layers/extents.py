@@ -121,21 +121,22 @@ class Extents:
                 layer = cls(f"{env.owner}/extents", config, child, nursery)
                 if file is not None:
                     layer.known.learn(await file.load())
-                    nursery.start_soon(layer._save_often, file, layer.known.changes)
                 loaded = layer.known.changes
+                if file is not None:
+                    nursery.start_soon(layer._save_often, file, loaded)
                 try:
                     yield layer
                 finally:
                     nursery.cancel_scope.cancel()
                     if file is not None and layer.known.changes != loaded:
-                        await file.save_last(layer.known.all())
+                        await file.save_last(layer.known.snapshot())
 
     async def _save_often(self, file: HolesFile, saved: int) -> None:
-        """saved: how many changes are in the file."""
+        """*saved*: the `changes` at which the file says what is known."""
         while True:
             await trio.sleep(SAVE_AFTER_S)
             now = self.known.changes
-            if now != saved and await file.save(self.known.all()):
+            if now != saved and await file.save(self.known.snapshot()):
                 saved = now
 
     # ---- fast path

@@ -16,12 +16,13 @@ import logging
 import os
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import trio
 
 from cachefs.errors import FormatError
-from cachefs.extent import Extent, ExtentKind
+from cachefs.extent import Extent, ExtentKind, merge_extents
 from cachefs.pool.image import PoolImage
 from cachefs.store.files import sync_directory
 from cachefs.store.identity import Identity
@@ -42,8 +43,9 @@ _BODY_AT = 12
 _PATIENCE_S = 3.0  # for what the end of a mount waits for
 
 
-def encode(base: Identity, size: int, extents: list[Extent]) -> bytes:
-    identity = _encode_identity(base)
+def encode(base: Identity, size: int, known: Iterable[Extent]) -> bytes:
+    """*known* in order; neighbours of one kind become one."""
+    identity, extents = _encode_identity(base), merge_extents(known)
     body = HEAD.pack(MAGIC, 0, VERSION, size, len(extents), len(identity))[_BODY_AT:] + identity
     body += b"".join(RUN.pack(one.offset, one.length << 2 | _CODES[one.kind]) for one in extents)
     return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
@@ -87,20 +89,19 @@ class HolesFile:
     async def load(self) -> list[Extent]:
         """What it says; empty where there is none that can be believed."""
         try:
-            content = await self._image.work(_read_now, self._path)
-            return decode(content, str(self._path), self._image.header.base, self._image.size) if content else []
+            return await self._image.work(_load_now, self._path, self._image.header.base, self._image.size)
         except FormatError as exc:
             log.warning("%s; it is forgotten, and the backend is asked again", exc)
         except OSError as exc:
             log.warning("%s: cannot be read: %s; the backend is asked again", self._path, exc.strerror)
         return []
 
-    async def save(self, extents: list[Extent]) -> bool:
+    async def save(self, known: Iterable[Extent]) -> bool:
         """Replace it. False: there is no room, or the pool's file system does not work now."""
         image = self._image
         if image.is_leaving or not image.writing.may_try(trio.current_time()):
             return False
-        content = encode(image.header.base, image.size, extents)
+        content = await image.work(encode, image.header.base, image.size, known)
         room = align_up(len(content), 4096)
         if not image.pool.account.take(room):  # while it is written the old one is there too
             return False
@@ -115,17 +116,17 @@ class HolesFile:
         image.pool.account.give_back(before)
         return True
 
-    async def save_last(self, extents: list[Extent]) -> None:
+    async def save_last(self, known: Iterable[Extent]) -> None:
         """At close, also when that is cancelled; a file system that hangs is not waited for."""
         with trio.CancelScope(shield=True), trio.move_on_after(_PATIENCE_S):
-            await self.save(extents)
+            await self.save(known)
 
 
-def _read_now(path: Path) -> bytes:
-    """Empty where there is none."""
+def _load_now(path: Path, base: Identity, size: int) -> list[Extent]:
+    """Empty where there is none. Raises: OSError, FormatError."""
     with contextlib.suppress(FileNotFoundError):
-        return path.read_bytes()
-    return b""
+        return decode(path.read_bytes(), str(path), base, size)
+    return []
 
 
 def _replace_now(path: Path, content: bytes) -> None:

@@ -97,9 +97,10 @@ class ExtentMap:
         index = self._index(offset)
         return min(end, max(offset, self._starts[index])) if index < len(self._starts) else end
 
-    def all(self) -> list[Extent]:
-        """Everything, in order, merged; with gaps."""
-        return merge_extents(Extent(start, run.end - start, run.kind) for start, run in self._each(0))
+    def snapshot(self) -> Iterator[Extent]:
+        """Everything as it is now, in order, with gaps, not merged; made as it is iterated, in any thread."""
+        starts, runs = self._starts[:], list(map(self._runs.__getitem__, self._starts))
+        return (Extent(start, run.end - start, run.kind) for start, run in zip(starts, runs, strict=True))
 
     # ---- changes
 
@@ -125,6 +126,11 @@ class ExtentMap:
         if first >= last:
             return
         self.changes += 1
+        if last - first == len(self._starts) and start <= self._starts[0] and self._runs[self._starts[-1]].end <= end:
+            self._starts.clear()  # a whole disk is trimmed
+            self._runs.clear()
+            self._answers.clear()
+            return
         gone = self._starts[first:last]
         runs = [(at, self._runs.pop(at)) for at in gone]
         kept = []

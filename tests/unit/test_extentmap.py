@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachefs.extent import Extent, ExtentKind
@@ -40,6 +40,7 @@ def described(known: dict[int, ExtentKind], offset: int, end: int) -> list[Exten
 
 
 @given(steps)
+@settings(deadline=None)
 def test_map_knows_what_was_learnt_last_and_not_forgotten(steps: list[object]) -> None:
     found, known = ExtentMap(10_000), {}
     for step in steps:
@@ -70,7 +71,7 @@ def test_map_knows_what_was_learnt_last_and_not_forgotten(steps: list[object]) -
                 if last > offset:
                     zero = all(known.get(at, DATA) is not DATA for at in range(offset, last))
                     assert found.is_zero(offset, last) is zero
-        assert sum(extent.length for extent in found.all()) == len(known)
+        assert sum(extent.length for extent in found.snapshot()) == len(known)
 
 
 def test_limit_of_entries_and_of_the_range_is_kept() -> None:
