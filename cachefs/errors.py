@@ -5,6 +5,7 @@
       StoreError                             start-up only: a store cannot be opened: exit 3
         FormatError                          bad magic, version or checksum: never repaired silently
           VersionError                       good, and made by another version: never deleted either
+        LayoutError                          survivor memory of another version: the store must wait for that
         LockedError                          somebody else holds the store
         BaseChangedError                     the base is not the one the overlay was made over
       RequestError      EINVAL               the caller broke the contract: a bug above; raised by `checked` only
@@ -66,6 +67,10 @@ class FormatError(StoreError):
 
 class VersionError(FormatError):
     """It is whole, and of a format that this version does not know."""
+
+
+class LayoutError(StoreError):
+    """There is survivor memory of the store, in a layout that this version does not know."""
 
 
 class LockedError(StoreError):

@@ -1,17 +1,67 @@
-"""Telling systemd how the daemon is: sd_notify(3), a datagram to $NOTIFY_SOCKET; nothing where there is none."""
+"""Talking to whoever keeps this daemon alive: systemd, or `cachefs.supervisor`, which speaks the same protocol.
+
+Datagrams to $NOTIFY_SOCKET: how the daemon is, and descriptors that are to outlive it. Where there is no keeper every call
+does nothing and says so. Any thread may call; `barrier` blocks.
+
+Source: sd_notify(3), sd_pid_notify_with_fds(3), sd_notify_barrier(3), sd_listen_fds(3).
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
+import select
 import socket
+from collections.abc import Sequence
+
+FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+BARRIER_PATIENCE_S = 5.0
 
 
-def notify(**state: str) -> None:
-    """`notify(READY="1", STATUS="serving 3 disks")`."""
+def has_keeper() -> bool:
+    """Whether this process was started by one; it may have died since."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
+def notify(*descriptors: int, **state: str) -> bool:
+    """`notify(READY="1", STATUS="serving 3 disks")`; *descriptors* go along. False: nobody listens."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
-        return
+        return False
     message = "\n".join(f"{name}={value}" for name, value in state.items()).encode()
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as client:
-        client.sendto(message, "\0" + address[1:] if address.startswith("@") else address)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as client:
+            client.connect("\0" + address[1:] if address.startswith("@") else address)
+            socket.send_fds(client, [message], list(descriptors))
+    except OSError:
+        return False
+    return True
+
+
+def barrier() -> bool:
+    """Wait until the keeper has taken in all that was sent before. False: it does not answer."""
+    ours, theirs = os.pipe()
+    try:
+        sent = notify(theirs, BARRIER="1")
+    finally:
+        os.close(theirs)
+    try:
+        return sent and bool(select.select([ours], [], [], BARRIER_PATIENCE_S)[0])  # it closes its end
+    finally:
+        os.close(ours)
+
+
+def take_descriptors() -> list[tuple[str, int]]:
+    """What the keeper hands to this process, by name, in its order; the next call finds nothing."""
+    count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    if not count.isdecimal() or pid != str(os.getpid()):
+        return []
+    numbers = range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(count))
+    for number in numbers:
+        os.set_inheritable(number, False)
+    return list(zip(names, numbers, strict=False))
+
+
+def describe(descriptors: Sequence[tuple[str, int]]) -> dict[str, str]:
+    """The environment in which a process finds *descriptors*, numbered from FIRST_DESCRIPTOR on; LISTEN_PID is its own."""
+    return {"LISTEN_FDS": str(len(descriptors)), "LISTEN_FDNAMES": ":".join(name for name, _ in descriptors)}

@@ -31,6 +31,7 @@ import trio
 
 from cachefs.extent import Extent
 from cachefs.store.rounds import Done
+from cachefs.survivor import Survivors
 
 if TYPE_CHECKING:
     from cachefs.pool.pool import Pool
@@ -125,6 +126,7 @@ class Environment:
 
     forced_stop: set when nothing is to be waited for any more.
     pool: that of the cache in the same stack, if there is one.
+    survivors: what outlives the process.
     """
 
     owner: str
@@ -133,6 +135,7 @@ class Environment:
     pools: Mapping[str, Pool] = field(default_factory=dict)
     forced_stop: trio.Event = field(default_factory=trio.Event)
     pool: Pool | None = None
+    survivors: Survivors = field(default_factory=Survivors)
 
 
 class Layer(Protocol):

@@ -26,13 +26,13 @@ from cachefs.errors import FormatError, LockedError, StoreError, VersionError
 from cachefs.store import blockmap
 from cachefs.store.identity import Identity
 from cachefs.store.sectors import SECTOR_SIZE
+from cachefs.survivor import read_epoch
 
 HEADER_SIZE = 4096
 # magic, crc32 of all behind it, version, uuid, size, block size, checksum, flags, length of the base's identity
 _HEAD = struct.Struct("<8sII16sQIIII")
 _EPHEMERAL = 1  # flag: deleted when its disk is detached
 _BODY_AT = 12
-_EPOCH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def create(path: Path, header: Header) -> None:
         temporary.mkdir(mode=0o700)
         _write_synced(temporary / "data", b"", size=header.size)
         _write_synced(temporary / "map", header.encode(), size=map_size(header))
-        _write_synced(temporary / "epoch", _EPOCH.pack(0))
+        _write_synced(temporary / "epoch", bytes(8))
         _write_synced(temporary / "lock", b"")
         sync_directory(temporary)
         temporary.rename(path)
@@ -190,25 +190,9 @@ class StoreLock:
         os.close(self._descriptor)
 
 
-def bump_epoch(path: Path) -> int:
-    """Void every survivor memory of the store: the next epoch, durable on return."""
-    descriptor = os.open(path / "epoch", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        content = os.pread(descriptor, _EPOCH.size, 0)
-        epoch = (_EPOCH.unpack(content)[0] if len(content) == _EPOCH.size else 0) + 1
-        os.pwrite(descriptor, _EPOCH.pack(epoch), 0)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return int(epoch)
-
-
 def was_opened(path: Path) -> bool:
     """Whether a daemon has opened the store since it was made."""
-    try:
-        return (path / "epoch").read_bytes() != _EPOCH.pack(0)
-    except OSError:
-        return True
+    return read_epoch(path / "epoch") != 0
 
 
 def remove(path: Path) -> None:

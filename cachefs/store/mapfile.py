@@ -12,6 +12,7 @@ from cachefs.store import files
 from cachefs.store.files import HEADER_SIZE, OVERLAY, Header, StoreFormat
 from cachefs.store.localfile import LocalFile
 from cachefs.store.sectors import SECTOR_SIZE, SectorCopy
+from cachefs.survivor import bump_epoch
 
 _CHUNK_SECTORS = 2048  # read or written at once
 
@@ -41,7 +42,7 @@ def open_files(path: Path, header: Header, *, inline_writes: bool = True) -> tup
                 )
         data = LocalFile(descriptors[0], header.size, inline_writes=inline_writes)
         map_file = LocalFile(descriptors[1], files.map_size(header))
-        return data, map_file, files.bump_epoch(path)
+        return data, map_file, bump_epoch(path / "epoch")
     except BaseException as exc:
         for descriptor in descriptors:
             os.close(descriptor)
