@@ -15,14 +15,14 @@ from pathlib import Path
 
 from cachefs.bytebar import ByteBar
 from cachefs.config import Config, PoolSpec, load
-from cachefs.errors import CachefsError, FormatError, StoreError
+from cachefs.errors import CachefsError, FormatError, LockedError, StoreError
 from cachefs.pool.image import is_all_zero
-from cachefs.pool.pool import POOL_IMAGE, check_version, mark_clean, open_image_files, read_label, take_clean_mark
+from cachefs.pool.pool import POOL_IMAGE, check_version, mark_clean, read_label, take_clean_mark
 from cachefs.pool.summap import State, SumMap, checksum, working_size
 from cachefs.store import files
 from cachefs.store.files import StoreLock
 from cachefs.store.localfile import LocalFile
-from cachefs.store.mapfile import load_sectors, read_header, write_sectors
+from cachefs.store.mapfile import load_sectors, open_pair, read_header, write_sectors
 from cachefs.units import format_size, short_size
 
 READ_BYTES = 1 << 20  # at once
@@ -128,7 +128,7 @@ def opened(path: Path, block_size: int | None = None) -> Iterator[StoredImage]:
         image.size, image.shift = header.size, header.block_size.bit_length() - 1
         if block_size is not None and header.block_size != block_size:
             raise FormatError(str(path), f"has blocks of {header.block_size} bytes, and the configuration {block_size}")
-        image.data, image.map_file, _ = open_image_files(path, header)
+        image.data, image.map_file = open_pair(path, header)
         blocks = -(-header.size // header.block_size)
         states = image.map = SumMap(memoryview(mmap.mmap(-1, working_size(blocks))), blocks)
 
@@ -140,6 +140,8 @@ def opened(path: Path, block_size: int | None = None) -> Iterator[StoredImage]:
                 states.forget_sector(number)
 
         load_sectors(image.map_file, header, take)
+    except LockedError:
+        raise
     except StoreError as exc:
         image.problem = exc
     except OSError as exc:

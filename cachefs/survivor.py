@@ -151,6 +151,15 @@ class Survivors:
         with self._lock:
             return self._inherited.pop(name, None)
 
+    def give_back(self, descriptors: Mapping[str, int]) -> None:
+        """What was kept may be taken again, by the next who tries; what was not is closed."""
+        with self._lock:
+            for name, descriptor in descriptors.items():
+                if self._kept.get(name) == descriptor:
+                    self._inherited[name] = descriptor
+                else:
+                    os.close(descriptor)
+
     def drop(self, names: Iterable[str]) -> None:
         """Nobody is to inherit these any more."""
         with self._lock:
@@ -193,8 +202,7 @@ class Survivors:
             if tag is not None and (tag.kind, tag.store, tag.boot, tag.epoch) == (kind, store, boot_id(), epoch):
                 if tag.layout in layouts:
                     return SurvivorMemory(kind, tag.layout, store, epoch, tag.length, descriptor)
-                with self._lock:
-                    self._inherited[name] = descriptor
+                self.give_back({name: descriptor})
                 raise LayoutError(
                     name,
                     f"what was acknowledged and not flushed lies in memory of layout {tag.layout}; this version reads "

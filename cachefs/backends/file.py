@@ -30,6 +30,7 @@ from cachefs.store.identity import Identity, identity_of_device, identity_of_fil
 from cachefs.store.imagelock import lock_image
 from cachefs.store.localfile import LocalFile
 from cachefs.store.rounds import FlushRounds
+from cachefs.survivor import Survivors
 from cachefs.units import LocalPath
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class File:
         *,
         device: bool,
         writable: bool,
+        witness: int | None = None,
     ) -> None:
         self.name = name
         self.geometry = Geometry(file.size)
@@ -69,7 +71,9 @@ class File:
         self._can_punch = self._can_zero_range = True
         self._flag = flag
         self.try_read_into = file.try_read
-        self._written = False
+        # A predecessor may have written, and been killed in a sync of whose failure it was told: the witness was not.
+        self._written = witness is not None
+        self._witness = witness
         self._rounds = FlushRounds(name, self._begin_round, self._sync, self._end_round)
 
     @classmethod
@@ -77,9 +81,19 @@ class File:
     async def open(cls, config: FileConfig, env: Environment) -> AsyncIterator[File]:
         """Raises: StoreError when the path is missing, no image, empty, or held by somebody else."""
         name = f"{env.owner}/file"
-        file, identity, is_device = await trio.to_thread.run_sync(_open_now, name, str(config.path), env.writable)
+        opened = await trio.to_thread.run_sync(_open_now, name, str(config.path), env.writable, env.survivors)
+        file, identity, is_device, kept = opened
         flag = FailedFlag(env.state_dir, env.owner, name)
-        backend = cls(name, str(config.path), file, identity, flag, device=is_device, writable=env.writable)
+        backend = cls(
+            name,
+            str(config.path),
+            file,
+            identity,
+            flag,
+            device=is_device,
+            writable=env.writable,
+            witness=kept.witness if kept is not None and kept.inherited else None,
+        )
         problem: BackendError | None = None
         try:
             yield backend
@@ -93,6 +107,8 @@ class File:
                         log.error("%s: the last flush failed: %s", backend.name, exc.detail)
                 await backend._rounds.wait_idle()
             backend._rounds.close()
+            if kept is not None:
+                kept.drop()
             backend._file.close()
         if problem is not None:
             raise problem
@@ -147,6 +163,9 @@ class File:
         try:
             if self._flag.error is not None:
                 raise self._flag.error
+            if self._witness is not None:
+                os.fdatasync(self._witness)
+                self._witness = None
             os.fdatasync(self._file.descriptor)
         except OSError as exc:
             raise self._flag.fail(exc, self._path) from exc
@@ -212,13 +231,43 @@ class File:
         return Statistics(self.name, values)
 
 
-def _open_now(name: str, path: str, writable: bool) -> tuple[LocalFile, Identity, bool]:
-    """The open file, what it is known by, and whether it is a block device."""
+class _Kept:
+    """Two descriptors of a file that outlive the process: the one in use, and a witness that nobody syncs through."""
+
+    def __init__(self, path: str, survivors: Survivors) -> None:
+        status = os.stat(path)
+        key = f"{status.st_dev:x}-{status.st_ino:x}"
+        self._survivors = survivors
+        self._names = (f"file.{key}", f"file-witness.{key}")
+        found = [survivors.take(name) for name in self._names]
+        self.inherited = None not in found
+        self.descriptor, self.witness = (os.open(path, os.O_RDWR) if one is None else one for one in found)
+
+    def keep(self) -> None:
+        if not self.inherited:
+            self._survivors.keep(dict(zip(self._names, (self.descriptor, self.witness), strict=True)))
+
+    def give_back(self) -> None:
+        self._survivors.give_back(dict(zip(self._names, (self.descriptor, self.witness), strict=True)))
+
+    def drop(self) -> None:
+        """The file is synced, or will never be; whoever uses `descriptor` closes it."""
+        self._survivors.drop(self._names)
+        os.close(self.witness)
+
+
+def _open_now(
+    name: str, path: str, writable: bool, survivors: Survivors
+) -> tuple[LocalFile, Identity, bool, _Kept | None]:
+    """The open file, what it is known by, whether it is a block device; and what is kept of one that is writable."""
+    kept: _Kept | None = None
     try:
         mode = os.stat(path).st_mode  # before the open: to open a pipe would wait for its other end
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise StoreError(name, f"{path} is neither a regular file nor a block device; name a raw image")
-        descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        if writable:
+            kept = _Kept(path, survivors)
+        descriptor = os.open(path, os.O_RDONLY) if kept is None else kept.descriptor
     except OSError as exc:
         raise StoreError(name, f"cannot open {path}: {exc.strerror}; check backend.file.path") from exc
     try:
@@ -228,7 +277,12 @@ def _open_now(name: str, path: str, writable: bool) -> tuple[LocalFile, Identity
             raise StoreError(name, f"{path} is empty, and a disk cannot be: `truncate -s 20G {path}` gives it a size")
         lock_image(descriptor, f"{name}: {path}", writable=writable)
         identity = identity_of_device(descriptor, size) if is_device else identity_of_file(descriptor)
-        return LocalFile(descriptor, size), identity, is_device
+        if kept is not None:
+            kept.keep()
+        return LocalFile(descriptor, size), identity, is_device, kept
     except BaseException:
-        os.close(descriptor)
+        if kept is None:
+            os.close(descriptor)
+        else:
+            kept.give_back()
         raise

@@ -34,10 +34,11 @@ from cachefs.extent import Extent, ExtentKind, MapRun, MapState, merge_extents
 from cachefs.layers.base import ALL_CAPS, Done, Environment, Geometry, Later, Layer, Options, Statistics
 from cachefs.store import files
 from cachefs.store.blockmap import Run, State
-from cachefs.store.blockstore import BlockStore, open_store
+from cachefs.store.blockstore import MEMORY_KIND, BlockStore, open_store
 from cachefs.store.failedflag import FailedFlag
 from cachefs.store.files import Header, StoreLock
-from cachefs.store.mapfile import read_header
+from cachefs.store.mapfile import kept_names, read_header
+from cachefs.survivor import Survivors, read_epoch
 from cachefs.units import LocalPath, Size, format_size, is_power_of_two, split_aligned
 
 LOOK_SPAN = 1 << 30  # bytes that one look for the end of a run may cover: it runs on the loop
@@ -100,16 +101,21 @@ class Cow:
         name = f"{env.owner}/cow"
         path = overlay_path(env.state_dir, env.owner, config.path)
         header = Header(child.geometry.size, config.block_size, child.identity, config.ephemeral)
-        lock = await trio.to_thread.run_sync(_prepare, path, header, env.owner)
+        lock = await trio.to_thread.run_sync(_prepare, path, header, env)
         try:
             header = await trio.to_thread.run_sync(read_header, path)
             _check_header(path, header, config, child)
             async with open_store(
-                path, name, header, FailedFlag(env.state_dir, env.owner, name), durable=not config.ephemeral
+                path,
+                name,
+                header,
+                FailedFlag(env.state_dir, env.owner, name),
+                env.survivors,
+                durable=not config.ephemeral,
             ) as store:
                 yield cls(name, config, child, store)
             if config.ephemeral:
-                await trio.to_thread.run_sync(files.remove, path)
+                await trio.to_thread.run_sync(_remove, path, header, env.survivors)
         finally:
             lock.close()
 
@@ -380,14 +386,19 @@ def overlay_path(state_dir: Path, disk: str, path: Path | None) -> Path:
     return path if path is not None else state_dir / "overlays" / disk
 
 
-def _prepare(path: Path, header: Header, owner: str) -> StoreLock:
+def _remove(path: Path, header: Header, survivors: Survivors) -> None:
+    survivors.drop(kept_names(MEMORY_KIND, header))
+    files.remove(path)
+
+
+def _prepare(path: Path, header: Header, env: Environment) -> StoreLock:
     """Make the store where there is none, and lock it. Blocks.
 
     Raises: StoreError; also when one of the two is ephemeral and the other not, before anything is deleted.
     """
     if not path.exists():
         files.create(path, header)
-    lock = StoreLock(path, f"disk {owner} of cachefs")
+    lock = StoreLock(path, f"disk {env.owner} of cachefs")
     try:
         found = read_header(path)
         if found.ephemeral != header.ephemeral:
@@ -400,12 +411,14 @@ def _prepare(path: Path, header: Header, owner: str) -> StoreLock:
     except BaseException:
         lock.close()
         raise
-    if found.ephemeral and files.was_opened(path):
-        # A daemon that died left it. Nothing in it was promised to be durable: start empty.
+    epoch_file = path / "epoch"
+    is_left = found.ephemeral and read_epoch(epoch_file) > 0
+    if is_left and not env.survivors.has_memory(MEMORY_KIND, found.uuid, epoch_file):
+        # Left by a daemon that died with nobody to take over. Nothing in it was promised to be durable: start empty.
         lock.close()
         files.remove(path)
         files.create(path, header)
-        lock = StoreLock(path, f"disk {owner} of cachefs")
+        lock = StoreLock(path, f"disk {env.owner} of cachefs")
     return lock
 
 

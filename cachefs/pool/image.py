@@ -18,6 +18,7 @@ Concurrency: one event loop. `pins` keep blocks from being evicted while a threa
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -36,12 +37,10 @@ from cachefs.extent import ExtentKind
 from cachefs.pool.evict import PREFETCHED
 from cachefs.pool.health import Health
 from cachefs.pool.readahead import MAX_WINDOW, ReadAhead
-from cachefs.pool.summap import LAYOUT, State, SumMap, checksum, working_size
-from cachefs.store.files import Header
-from cachefs.store.localfile import LocalFile
-from cachefs.store.mapfile import load_sectors, write_sectors
-from cachefs.store.sectors import SectorCopies
-from cachefs.survivor import SurvivorMemory
+from cachefs.pool.summap import State, SumMap, checksum
+from cachefs.store.files import HEADER_SIZE, Header
+from cachefs.store.mapfile import StoreFiles, load_sectors, write_sectors
+from cachefs.store.sectors import SectorCopies, SyncState
 
 if TYPE_CHECKING:
     from cachefs.pool.pool import Pool
@@ -110,20 +109,18 @@ class Call:
 class PoolImage:
     """Made by `Pool`. *label*: whose it is, for people. users: how many open layers use it."""
 
-    def __init__(
-        self, pool: Pool, path: Path, label: str, header: Header, data: LocalFile, map_file: LocalFile, epoch: int
-    ) -> None:
+    def __init__(self, pool: Pool, path: Path, label: str, header: Header, opened: StoreFiles) -> None:
         self.pool = pool
         self.path = path
         self.label = label
         self.header = header
-        self.data = data
-        self.map_file = map_file
+        self.files = opened
+        self.data = opened.data
+        self.map_file = opened.map_file
         self.size = header.size
         self.shift = header.block_size.bit_length() - 1
         self.count = -(-header.size // header.block_size)  # of blocks
-        self.memory = SurvivorMemory("sums", LAYOUT, header.uuid, epoch, working_size(self.count))
-        self.map = SumMap(self.memory.body, self.count)
+        self.map = SumMap(opened.memory.body, self.count)
         self.blocks = pool.policy.add_image(self.count)
         # What is read ahead waits in the ring, a small part of the quota, and must not push itself out of it.
         self.ahead = ReadAhead(
@@ -131,7 +128,6 @@ class PoolImage:
         )
         self.blocks.on_used = self.ahead.used
         self.users = 0
-        self.settled = False
         self.is_damaged = False  # a part of the map could not be read
         self.holes_bytes = 0  # that the file of what is known of its extents takes, see `cachefs.pool.holes`
         self.unowned = 0  # bytes in the data file that no block of the map accounts for
@@ -144,6 +140,8 @@ class PoolImage:
         self.barred: Counter[int] = Counter()  # being changed from above: not to be installed
         self.calls: dict[Call, float] = {}  # work under way, and when it counts as hung
         self.unsynced: set[int] = set()  # installed since the last good sync
+        self._may_lack_any = opened.inherited  # which ones a predecessor had installed since then it has not said
+        self._sync_was_cut_off = opened.inherited and self.map.sync is not SyncState.IDLE
         self.is_leaving = False  # about to be deleted: nothing more goes in
         self.is_closed = False  # the policy may not know it any more
         self._installing = 0  # installers at work
@@ -154,6 +152,11 @@ class PoolImage:
         self.forgotten_blocks = 0
 
     # ---- blocks
+
+    @property
+    def settled(self) -> bool:
+        """Whether map and data file agree on what has room. Only then blocks are installed."""
+        return self.map.settled
 
     def offset_of(self, block: int) -> int:
         return block << self.shift
@@ -457,9 +460,13 @@ class PoolImage:
             await self.work(self._sync_now, copies, patience_s=SYNC_PATIENCE_S)
         except OSError as exc:
             # The kernel may have dropped the pages: what is read now may not be what is read later.
+            if self._may_lack_any:
+                unsynced = {block for run in self.map.held_runs() for block in range(*run)}
             for block in unsynced:
                 if self.map.state(block) is State.DATA:
                     self.map.set_spoiled(block)
+            self._may_lack_any = False
+            self.map.sync = SyncState.IDLE
             self.map.abandon_round()
             self.fail(self.writing, f"sync: {os.strerror(exc.errno or 0)}; {len(unsynced)} blocks are fetched anew")
         except BaseException as exc:
@@ -470,13 +477,26 @@ class PoolImage:
             log.exception("%s: the sync failed", self.path)
             self.fail(self.writing, f"sync: {exc!r}")
         else:
+            self._may_lack_any = False
             self.map.end_round()
 
     def _sync_now(self, copies: SectorCopies) -> None:
+        if self._sync_was_cut_off:
+            self._sync_was_cut_off = False
+            self._ask_what_became_of_the_sync()
+        self.map.sync = SyncState.UNDER_WAY
         self.data.sync_now()
         if copies:
             write_sectors(self.map_file, copies)
             self.map_file.sync_now()
+        self.map.sync = SyncState.IDLE
+
+    def _ask_what_became_of_the_sync(self) -> None:
+        """A predecessor was killed in a sync, and may have been told of a failure. Raises: OSError when it was."""
+        was_asking, self.map.sync = self.map.sync is SyncState.ASKING, SyncState.ASKING
+        self.files.ask_witnesses()
+        if was_asking:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     # ---- calls
 
@@ -539,7 +559,30 @@ class PoolImage:
     # ---- opening
 
     def load(self) -> None:
-        """Fill the map from its file. Blocks. A sector that is damaged is forgotten."""
+        """Go on with the map of a predecessor, or fill it from its file. Blocks. A sector that is damaged is forgotten."""
+        if self.files.inherited:
+            self._take_over()
+        else:
+            self._load()
+        self.unowned = 0 if self.settled else self._count_unowned()
+        self.files.keep()
+
+    def _take_over(self) -> None:
+        """What was being punched out is punched before anything is installed: it may be there, and it may not."""
+        for extent in self.map_file.extents_now(0, self.map_file.size, self.map_file.size):
+            if extent.kind is ExtentKind.DATA:
+                self.map.note_room(max(0, extent.offset - HEADER_SIZE), extent.end - HEADER_SIZE)
+        evicting = self.map.take_over(self.files.memory.touched)
+        punched = True
+        try:
+            self._punch_now(evicting)
+        except OSError as exc:
+            log.warning("%s: cannot free space: %s", self.path, exc.strerror)
+            punched = False
+        for block in evicting:
+            (self.map.set_absent if punched else self.map.set_spoiled)(block)
+
+    def _load(self) -> None:
         where = str(self.path / "map")
 
         def take(number: int, content: bytes) -> None:
@@ -551,7 +594,6 @@ class PoolImage:
                 self.is_damaged = True
 
         load_sectors(self.map_file, self.header, take)
-        self.unowned = self._count_unowned()
 
     def _count_unowned(self) -> int:
         return max(0, self.data.allocated_bytes() - (self.map.held << self.shift))
@@ -580,7 +622,7 @@ class PoolImage:
             return
         self.pool.account.give_back(self.unowned)
         self.unowned = 0
-        self.settled = True
+        self.map.settle()
         self._landed.set()
 
     async def _settle(self) -> None:
@@ -624,9 +666,7 @@ class PoolImage:
         """Not while a thread may still use them: then they stay open until the process ends."""
         self.is_closed = True
         if not self.calls:
-            self.data.close()
-            self.map_file.close()
-            self.memory.close()
+            self.files.close(is_durable=True)
 
     def statistics(self) -> dict[str, int | float | str]:
         broken = [health for health in (self.reading, self.writing) if not health.works]

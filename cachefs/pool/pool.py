@@ -35,7 +35,7 @@ from typing import Literal
 
 import trio
 
-from cachefs.errors import FormatError, StoreError, VersionError
+from cachefs.errors import FormatError, LayoutError, LockedError, StoreError, VersionError
 from cachefs.pool import summap
 from cachefs.pool.account import FIXED_BYTES, LARGEST_INSTALL, Account
 from cachefs.pool.evict import BLOCK_MASK, KEY_SHIFT, RING_SHARE, STEPS_PER_CALL, Never, Policy, Sieve
@@ -45,8 +45,9 @@ from cachefs.pool.summap import PAGE_SIZE
 from cachefs.store import files
 from cachefs.store.files import Header, StoreFormat, StoreLock
 from cachefs.store.identity import Identity
-from cachefs.store.localfile import KEEP_SIZE, PUNCH_HOLE, LocalFile, fallocate
-from cachefs.store.mapfile import open_files, read_header
+from cachefs.store.localfile import KEEP_SIZE, PUNCH_HOLE, fallocate
+from cachefs.store.mapfile import StoreFiles, open_files, read_header
+from cachefs.survivor import Survivors
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ POOL_IMAGE = StoreFormat(
     "pool image", b"cfspool\n", 1, 2, summap.BLOCKS_PER_SECTOR, "delete it: a cache can be filled again"
 )
 """Checksum 2: crc32 as in zlib over header and map sectors, xxh3-64 over blocks."""
+MEMORY_KIND = "sums"
 POOL_TEXT = b"cachefs pool 1\n"
 SYNC_S = 5.0
 SYNC_BYTES = 64 << 20
@@ -75,12 +77,14 @@ class Pool:
         evict: Literal["never", "sieve"],
         block_size: int,
         patience_s: float,
+        survivors: Survivors,
     ) -> None:
         self.path = path
         self.name = name
         self.min_free = min_free
         self.block_size = block_size
         self.patience_s = patience_s
+        self.survivors = survivors
         self.account = Account(quota)
         capacity = max(1, self.account.limit // block_size)
         self.policy: Policy = Sieve(capacity) if evict == "sieve" else Never(capacity)
@@ -145,12 +149,13 @@ class Pool:
         header = Header(size, self.block_size, identity, format=POOL_IMAGE)
         try:
             await trio.to_thread.run_sync(_make_image, path, header, label)
-            opened = await trio.to_thread.run_sync(open_image_files, path, header)
+            opened = await trio.to_thread.run_sync(open_image_files, path, header, self.survivors)
+            image = PoolImage(self, path, label, header, opened)
+            image.map.settle()
+            await trio.to_thread.run_sync(opened.keep)
         except BaseException:
             self.account.give_back(FIXED_BYTES)
             raise
-        image = PoolImage(self, path, label, header, *opened)
-        image.settled = True
         self._add(image)
         return image
 
@@ -390,14 +395,14 @@ class Pool:
                 header = await trio.to_thread.run_sync(read_header, path, POOL_IMAGE)
                 if header.block_size != self.block_size:
                     raise FormatError(str(path), f"has blocks of {header.block_size} bytes, the pool {self.block_size}")
-                opened = await trio.to_thread.run_sync(open_image_files, path, header)
-            except VersionError:
+                opened = await trio.to_thread.run_sync(open_image_files, path, header, self.survivors)
+            except (VersionError, LayoutError, LockedError):
                 raise
             except StoreError as exc:
                 log.warning("%s; dropped", exc)
                 await trio.to_thread.run_sync(shutil.rmtree, path, True)
                 continue
-            image = PoolImage(self, path, read_label(path), header, *opened)
+            image = PoolImage(self, path, read_label(path), header, opened)
             image.holes_bytes = await trio.to_thread.run_sync(room_on_disk, path)
             try:
                 await trio.to_thread.run_sync(image.load)
@@ -412,8 +417,8 @@ class Pool:
                 self.policy.adopt(image.blocks, start, end)
             self._add(image)
             if was_clean and not image.is_damaged:
-                image.settled = True
-            else:
+                image.map.settle()
+            if not image.settled:
                 self._nursery.start_soon(image.settle)
 
     async def _close(self) -> None:
@@ -459,13 +464,14 @@ async def open_pool(
     evict: Literal["never", "sieve"] = "sieve",
     block_size: int = 64 << 10,
     patience_s: float = 1.0,
+    survivors: Survivors | None = None,
 ) -> AsyncIterator[Pool]:
     """The pool in the directory *path*, made where there is none. On exit it is synced and closed.
 
     After a start with a smaller quota it is brought below that before this returns. Raises: StoreError, LockedError.
     """
     lock = await trio.to_thread.run_sync(_prepare, path, name, evict)
-    pool = Pool(path, name, quota, min_free, evict, block_size, patience_s)
+    pool = Pool(path, name, quota, min_free, evict, block_size, patience_s, survivors or Survivors())
     try:
         async with trio.open_nursery() as nursery:
             pool._nursery = nursery
@@ -506,8 +512,9 @@ def digest_of(identity: Identity, size: int, block_size: int, owner: str = "") -
     return hashlib.sha256(json.dumps(known_by, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def open_image_files(path: Path, header: Header) -> tuple[LocalFile, LocalFile, int]:
-    return open_files(path, header, inline_writes=False)
+def open_image_files(path: Path, header: Header, survivors: Survivors) -> StoreFiles:
+    size = summap.working_size(-(-header.size // header.block_size))
+    return open_files(path, header, survivors, MEMORY_KIND, summap.LAYOUT, size, inline_writes=False)
 
 
 def read_label(path: Path) -> str:

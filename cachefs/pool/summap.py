@@ -10,8 +10,9 @@
 
 A DATA block is *ready* when its checksum has been verified since the pool was opened (or it was installed since); only a
 ready block is read without looking at its bytes. `ready` and `zero` are bit planes for the fast path and belong to the
-process; the entries (layout 1: 8 bytes each, little-endian) and two bitmaps, `dirty` and `in round`, one bit per sector,
-lie in survivor memory. A block is believed for its checksum alone, so no order of writes matters.
+process. Survivor memory (layout 1) are the entries (8 bytes each, little-endian), two bitmaps, `dirty` and `in round`, one
+bit per sector, how far the last sync is, and whether the map is *settled*: it accounts for all that lies in the file. A
+block is believed for its checksum alone, so no order of writes matters.
 
 The checksum is xxh3-64 of the block, seeded with its index: one that lies in the wrong place disagrees. 0 to 3 are moved
 up by 4. Byte table of the durable form: docs/formats/pool.md.
@@ -22,7 +23,7 @@ Concurrency: one event loop; nothing here does I/O.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import xxhash
@@ -30,9 +31,10 @@ from bitarray import bitarray
 
 from cachefs.store.sectors import (
     BODY_SIZE,
+    SECTOR_SIZE,
     DirtySectors,
     SectorCopies,
-    bitmap_size,
+    SyncState,
     decode_sector,
 )
 
@@ -75,7 +77,7 @@ def sector_count(blocks: int) -> int:
 def working_size(blocks: int) -> int:
     """Bytes of survivor memory."""
     sectors = sector_count(blocks)
-    return sectors * BODY_SIZE + 2 * bitmap_size(sectors)
+    return sectors * BODY_SIZE + DirtySectors.size(sectors) + 8
 
 
 class SumMap:
@@ -86,7 +88,10 @@ class SumMap:
         self.sectors = sector_count(blocks)
         self._bytes = memory[: self.sectors * BODY_SIZE]
         self._entries = self._bytes.cast("Q")
-        self._dirty = DirtySectors(memory[self.sectors * BODY_SIZE :], self.sectors)
+        bits_at = self.sectors * BODY_SIZE
+        self._dirty = DirtySectors(memory[bits_at:], self.sectors)
+        settled_at = bits_at + DirtySectors.size(self.sectors)
+        self._settled = memory[settled_at : settled_at + 8].cast("Q")
         self.ready = bitarray(blocks)
         self.zero = bitarray(blocks)
         self.held = 0  # blocks that have room in the data file
@@ -140,10 +145,7 @@ class SumMap:
         self._entries[block] = entry
         self.held += (entry >= State.EVICTING) - (before >= State.EVICTING)
         self.zero[block] = entry == State.ZERO
-        page = self._page(block)
-        if not self._pages[page]:
-            self._pages[page] = True
-            self.pages += 1
+        self._note_room(block // BLOCKS_PER_SECTOR)
 
     def set_data(self, block: int, entry: int) -> None:
         """The block lies in the file, and *entry* is its checksum; it is ready."""
@@ -170,7 +172,67 @@ class SumMap:
         self.ready[block] = False
         self._change(block, State.ABSENT)
 
+    # ---- succession
+
+    @property
+    def settled(self) -> bool:
+        """Whether what lies in the data file belongs to blocks of the map. Set once."""
+        return bool(self._settled[0])
+
+    def settle(self) -> None:
+        self._settled[0] = 1
+
+    def take_over(self, touched: Callable[[int, int], Iterable[tuple[int, int]]]) -> list[int]:
+        """Go on from what a predecessor left in the memory; the blocks that it was about to punch out.
+
+        touched(start, end): as in `cachefs.store.blockmap`.
+        """
+        self._dirty.abandon_round()
+        evicting: list[int] = []
+        done = 0  # sectors
+        for start, end in touched(0, self.sectors * BODY_SIZE):
+            first, done = max(done, start // BODY_SIZE), -(-end // BODY_SIZE)
+            for index in range(first, done):
+                evicting += self._take_over_sector(index)
+        for index in self._dirty.numbers():
+            self._note_room(index)
+        return evicting
+
+    def _take_over_sector(self, index: int) -> list[int]:
+        first = index * BLOCKS_PER_SECTOR
+        entries = self._entries[first : min(self.blocks, first + BLOCKS_PER_SECTOR)]
+        if not any(entries):
+            return []
+        self._note_room(index)
+        if min(entries) >= State.DATA:
+            self.held += len(entries)
+            return []
+        for block, entry in enumerate(entries, first):
+            self.held += entry >= State.EVICTING
+            self.zero[block] = entry == State.ZERO
+        return [block for block, entry in enumerate(entries, first) if entry == State.EVICTING]
+
+    def note_room(self, start: int, end: int) -> None:
+        """Bytes *start* to before *end* of the map file, counted from its first sector, have room."""
+        for index in range(start // SECTOR_SIZE, min(self.sectors, -(-end // SECTOR_SIZE)), SECTORS_PER_PAGE):
+            self._note_room(index)
+
+    def _note_room(self, index: int) -> None:
+        """Sector *index* has room in the map file, or will have."""
+        page = index // SECTORS_PER_PAGE
+        if not self._pages[page]:
+            self._pages[page] = True
+            self.pages += 1
+
     # ---- the durable form
+
+    @property
+    def sync(self) -> SyncState:
+        return self._dirty.sync
+
+    @sync.setter
+    def sync(self, state: SyncState) -> None:
+        self._dirty.sync = state
 
     @property
     def dirty_sectors(self) -> int:
@@ -194,9 +256,7 @@ class SumMap:
 
         Raises: FormatError when the sector is damaged; nothing was taken over then.
         """
-        if not self._pages[index // SECTORS_PER_PAGE]:
-            self._pages[index // SECTORS_PER_PAGE] = True  # its room in the file is held, whatever is in it
-            self.pages += 1
+        self._note_room(index)  # it is held, whatever is in it
         decoded = decode_sector(SECTOR_MAGIC, index, content, where, _DAMAGED)
         if decoded is None:
             return

@@ -6,8 +6,9 @@
     ZERO     any      1      the block reads as zeros, whatever lies under it
 
 *Working form* (layout 1, in survivor memory): four bit planes, LSB first: `written`, `zero` (one bit per block), `dirty`,
-`in_round` (one bit per sector). A kill may fall between any two stores, so no change passes through ABSENT: to ZERO sets
-zero, then clears written; to DATA sets written, then clears zero; and the sector's dirty bit is set before either.
+`in_round` (one bit per sector); and how far the last round is. A kill may fall between any two stores, so no change
+passes through ABSENT: to ZERO sets zero, then clears written; to DATA sets written, then clears zero; and the sector's
+dirty bit is set before either.
 
 *Durable form*: sectors (`cachefs.store.sectors`) with the states of BLOCKS_PER_SECTOR blocks each. Byte table:
 docs/formats/overlay.md.
@@ -18,7 +19,7 @@ All methods are synchronous, for one event loop; nothing here does I/O.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from bitarray import bitarray
@@ -30,7 +31,7 @@ from cachefs.store.sectors import (
     DirtySectors,
     SectorCopies,
     SectorCopy,
-    bitmap_size,
+    SyncState,
     decode_sector,
 )
 
@@ -63,7 +64,19 @@ def sector_count(blocks: int) -> int:
 def working_size(blocks: int) -> int:
     """Bytes of the working form."""
     sectors = sector_count(blocks)
-    return 2 * sectors * PLANE_SIZE + 2 * bitmap_size(sectors)
+    return 2 * sectors * PLANE_SIZE + DirtySectors.size(sectors)
+
+
+def _common(ours: list[tuple[int, int]], theirs: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What two lists of ranges, each in order, have in common."""
+    number = 0
+    for start, end in ours:
+        while number < len(theirs) and theirs[number][1] <= start:
+            number += 1
+        for first, last in theirs[number:]:
+            if first >= end:
+                break
+            yield max(start, first), min(end, last)
 
 
 class BlockMap:
@@ -160,12 +173,40 @@ class BlockMap:
     def _mark_dirty(self, start: int, end: int) -> None:
         self._dirty.mark(start // BLOCKS_PER_SECTOR, (end - 1) // BLOCKS_PER_SECTOR + 1)
 
+    # ---- succession
+
+    def take_over(self, touched: Callable[[int, int], Iterable[tuple[int, int]]]) -> None:
+        """Go on from what a predecessor left in the memory, whatever it was doing when it was killed.
+
+        touched(start, end): the parts of the memory in that range, in bytes, outside of which all is zero; the rest is
+        not looked at, because a look allocates.
+        """
+        plane = self._zero_at
+        written = list(touched(0, plane))
+        for start, end in _common(written, [(a - plane, b - plane) for a, b in touched(plane, 2 * plane)]):
+            self.written[start * 8 : end * 8] &= ~self.zero[
+                start * 8 : end * 8
+            ]  # zero wins; the fast path looks at one
+        self.data_blocks = 0
+        for start, end in written:
+            self.data_blocks += self.written.count(1, start * 8, end * 8)
+            self._written_pages[start * 8 >> _PAGE_SHIFT : ((end * 8 - 1) >> _PAGE_SHIFT) + 1] = True
+        self._dirty.abandon_round()
+
     # ---- the durable form
 
     @property
     def generation(self) -> int:
         """Of the last round."""
         return self._dirty.generation
+
+    @property
+    def sync(self) -> SyncState:
+        return self._dirty.sync
+
+    @sync.setter
+    def sync(self, state: SyncState) -> None:
+        self._dirty.sync = state
 
     @property
     def dirty_sectors(self) -> int:

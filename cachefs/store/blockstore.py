@@ -40,11 +40,10 @@ from cachefs.rangelock import RangeLocks
 from cachefs.store.blockmap import BlockMap, State, working_size
 from cachefs.store.failedflag import FailedFlag
 from cachefs.store.files import Header
-from cachefs.store.localfile import LocalFile
-from cachefs.store.mapfile import load_sectors, open_files, write_sectors
+from cachefs.store.mapfile import StoreFiles, load_sectors, open_files, write_sectors
 from cachefs.store.rounds import Done, FlushRounds
-from cachefs.store.sectors import SectorCopies
-from cachefs.survivor import SurvivorMemory
+from cachefs.store.sectors import SectorCopies, SyncState
+from cachefs.survivor import Survivors
 
 log = logging.getLogger(__name__)
 
@@ -52,25 +51,25 @@ PUNCH_PIECE = 4 << 20  # bytes per bit, and at most per punch and lock
 LOOK_PIECES = 1024  # that one look for allocated space may cover,
 LOOK_EXTENTS = 8192  # and what it may find: at least one piece of the smallest extents
 LAST_FLUSH_TRIES = 30  # seconds that a close waits for space for the map
-LAYOUT = 1  # of the survivor memory: the planes of BlockMap
+MEMORY_KIND, LAYOUT = "map", 1  # of the survivor memory: the working form of BlockMap
 
 
 class BlockStore:
     """An open store. Made by `open_store`."""
 
-    def __init__(
-        self, path: Path, name: str, header: Header, data: LocalFile, map_file: LocalFile, epoch: int, flag: FailedFlag
-    ) -> None:
+    def __init__(self, path: Path, name: str, header: Header, opened: StoreFiles, flag: FailedFlag) -> None:
         self.path = path
         self.name = name
         self.header = header
-        self.data = data
-        self.map_file = map_file
+        self.files = opened
+        self.data = opened.data
+        self.map_file = opened.map_file
+        self.memory = opened.memory
         self.locks = RangeLocks()
-        blocks = -(-header.size // header.block_size)
-        self.memory = SurvivorMemory("map", LAYOUT, header.uuid, epoch, working_size(blocks))
+        blocks = block_count(header)
         self.map = BlockMap(self.memory.body, blocks, header.block_size)
         self.flag = flag
+        self._sync_was_cut_off = opened.inherited and self.map.sync is not SyncState.IDLE
         self.durable = True
         self.rounds = FlushRounds(name, self._begin_round, self._work, self._end_round)
         self.punched_bytes = 0
@@ -119,24 +118,48 @@ class BlockStore:
             self.map.abandon_round()
 
     def _make_durable(self, copies: SectorCopies) -> None:
+        if self._sync_was_cut_off:
+            self._sync_was_cut_off = False
+            self._ask_what_became_of_the_sync()
         if self.failed is not None:  # by the round before this one
             raise self.failed
+        self.map.sync = SyncState.UNDER_WAY
         try:
             os.fdatasync(self.data.descriptor)
         except OSError as exc:
             raise self.flag.fail(exc, self.path / "data") from exc
-        if not copies:
-            return
+        if copies:
+            self._make_map_durable(copies)
+        self.map.sync = SyncState.IDLE
+
+    def _make_map_durable(self, copies: SectorCopies) -> None:
+        """Steps 3 and 4."""
         try:
             self._write_sectors(copies)
         except OSError as exc:
             if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                self.map.sync = SyncState.IDLE
                 raise NoSpaceError(self.name, "no space left for the block map; the flush will be tried again") from exc
             raise self.flag.fail(exc, self.path / "map") from exc
         try:
             os.fdatasync(self.map_file.descriptor)
         except OSError as exc:
             raise self.flag.fail(exc, self.path / "map") from exc
+
+    def _ask_what_became_of_the_sync(self) -> None:
+        """A predecessor was killed in a sync, and may have been told of a failure. Blocks."""
+        was_asking = self.map.sync is SyncState.ASKING
+        self.map.sync = SyncState.ASKING
+        try:
+            self.files.ask_witnesses()
+        except OSError as exc:
+            self.flag.fail(exc, self.path)
+            return
+        if was_asking:
+            cut = OSError(errno.EIO, "its outcome was lost when the daemon was killed, twice")
+            self.flag.fail(cut, self.path)
+            return
+        self.map.sync = SyncState.IDLE
 
     def _write_sectors(self, copies: SectorCopies) -> None:
         """Step 3."""
@@ -258,15 +281,17 @@ class BlockStore:
     # ---- opening
 
     def load_map(self) -> None:
-        """Fill the working map from the map file; blocks. Raises: FormatError."""
+        """Go on with the working map of a predecessor, or fill it from the map file; blocks. Raises: FormatError."""
         where = str(self.path / "map")
-        load_sectors(self.map_file, self.header, lambda number, content: self.map.load(number, content, where))
+        if self.files.inherited:
+            self.map.take_over(self.memory.touched)
+        else:
+            load_sectors(self.map_file, self.header, lambda number, content: self.map.load(number, content, where))
+        self.files.keep()
 
-    def close_files(self) -> None:
+    def close_files(self, *, is_durable: bool) -> None:
         self.rounds.close()
-        self.memory.close()
-        self.data.close()
-        self.map_file.close()
+        self.files.close(is_durable=is_durable)
 
     def statistics(self) -> dict[str, int | str]:
         blocks = self.map.data_blocks
@@ -281,18 +306,25 @@ class BlockStore:
         }
 
 
+def block_count(header: Header) -> int:
+    return -(-header.size // header.block_size)
+
+
 @asynccontextmanager
 async def open_store(
-    path: Path, name: str, header: Header, flag: FailedFlag, *, durable: bool = True
+    path: Path, name: str, header: Header, flag: FailedFlag, survivors: Survivors, *, durable: bool = True
 ) -> AsyncIterator[BlockStore]:
     """The store at *path*, which exists and whose lock the caller holds. On exit: flushed, then closed.
 
     Raises: StoreError, FormatError.
     """
-    data, map_file, epoch = await trio.to_thread.run_sync(open_files, path, header)
-    store = BlockStore(path, name, header, data, map_file, epoch, flag)
+    opened = await trio.to_thread.run_sync(
+        open_files, path, header, survivors, MEMORY_KIND, LAYOUT, working_size(block_count(header))
+    )
+    store = BlockStore(path, name, header, opened, flag)
     store.durable = durable
     problem: CachefsError | None = None
+    is_durable = False
     try:
         await trio.to_thread.run_sync(store.load_map)
         async with trio.open_nursery() as nursery:
@@ -306,11 +338,12 @@ async def open_store(
                 # Also when we are cancelled: what was acknowledged goes to disk if it can.
                 with trio.CancelScope(shield=True):
                     problem = await _flush_last(store)
+                is_durable = problem is None and store.durable
                 nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):  # its thread uses the descriptors
             await store.rounds.wait_idle()
-        store.close_files()
+        store.close_files(is_durable=is_durable)
     if problem is not None:
         raise problem
 

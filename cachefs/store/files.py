@@ -26,7 +26,6 @@ from cachefs.errors import FormatError, LockedError, StoreError, VersionError
 from cachefs.store import blockmap
 from cachefs.store.identity import Identity
 from cachefs.store.sectors import SECTOR_SIZE
-from cachefs.survivor import read_epoch
 
 HEADER_SIZE = 4096
 # magic, crc32 of all behind it, version, uuid, size, block size, checksum, flags, length of the base's identity
@@ -188,11 +187,6 @@ class StoreLock:
 
     def close(self) -> None:
         os.close(self._descriptor)
-
-
-def was_opened(path: Path) -> bool:
-    """Whether a daemon has opened the store since it was made."""
-    return read_epoch(path / "epoch") != 0
 
 
 def remove(path: Path) -> None:

@@ -9,6 +9,7 @@ Byte table: docs/formats/overlay.md. All methods are synchronous, for one event 
 
 from __future__ import annotations
 
+import enum
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -76,14 +77,53 @@ def bitmap_size(bits: int) -> int:
     return -(-bits // 64) * 8
 
 
+class SyncState(enum.IntEnum):
+    """Of the files of a store; what a successor finds tells it what its predecessor may have been told and not said."""
+
+    IDLE = 0
+    UNDER_WAY = 1
+    ASKING = 2  # the witnesses are being asked what became of one that was cut off: cachefs.store.mapfile
+
+
 class DirtySectors:
-    """Which of *count* sectors are dirty or in round. *memory*: two bitmaps of `bitmap_size(count)` bytes, zero at first."""
+    """Which of *count* sectors are dirty or in round, and how far the last round is.
+
+    *memory*: `DirtySectors.size(count)` bytes, zero at first: two bitmaps, the generation of the last round, a SyncState.
+    """
 
     def __init__(self, memory: memoryview, count: int) -> None:
         half = bitmap_size(count)
         self._dirty = bitarray(buffer=memory[:half], endian="little")
         self._in_round = bitarray(buffer=memory[half : 2 * half], endian="little")
-        self.generation = 0
+        self._words = memory[2 * half : self.size(count)].cast("Q")
+
+    @staticmethod
+    def size(count: int) -> int:
+        return 2 * bitmap_size(count) + 16
+
+    @property
+    def generation(self) -> int:
+        """Of the last round."""
+        return self._words[0]
+
+    @generation.setter
+    def generation(self, generation: int) -> None:
+        self._words[0] = generation
+
+    @property
+    def sync(self) -> SyncState:
+        return SyncState(self._words[1])
+
+    @sync.setter
+    def sync(self, state: SyncState) -> None:
+        self._words[1] = state
+
+    def numbers(self) -> Iterator[int]:
+        """Of the dirty sectors, in order."""
+        start = self._dirty.find(1)
+        while start >= 0:
+            yield start
+            start = self._dirty.find(1, start + 1)
 
     def mark(self, start: int, end: int) -> None:
         """Sectors *start* to *end* (half-open) have changed, or are about to."""

@@ -31,7 +31,8 @@ from cachefs.pool.image import PoolImage
 from cachefs.pool.pool import Pool, open_pool
 from cachefs.store.files import Header
 from cachefs.store.identity import Identity
-from cachefs.store.localfile import LocalFile
+from cachefs.store.mapfile import StoreFiles
+from cachefs.survivor import Survivors
 from cachefs.testing.faults import Faults
 from cachefs.testing.gate import Gate, PoolGate
 from cachefs.testing.stacks import fill
@@ -171,10 +172,10 @@ class CacheBench:
             top = Checked(cache)
             yield CachedDisk(SlowOnly(top) if self.slow else top, cache, below, faults, recorder)
 
-    def _open_gated(self, path: Path, header: Header) -> tuple[LocalFile, LocalFile, int]:
-        data, map_file, epoch = _open_image_files(path, header)
-        self.gate.watch(data, map_file)
-        return data, map_file, epoch
+    def _open_gated(self, path: Path, header: Header, survivors: Survivors) -> StoreFiles:
+        opened = _open_image_files(path, header, survivors)
+        self.gate.watch(opened.data, opened.map_file)
+        return opened
 
     def crash(self, name: str = "crashed") -> CacheBench:
         """A bench over a copy of the pool as it is on disk now: what is left when the daemon is killed."""

@@ -119,8 +119,8 @@ def test_head_of_survivor_memory_is_as_described() -> None:
 
 def test_working_map_is_as_described() -> None:
     for blocks in (1, 1920, 1921, 1920 * 64, 1920 * 64 + 1):
-        sectors = -(-blocks // 1920)
-        assert blockmap.working_size(blocks) == 480 * sectors + 2 * (-(-sectors // 64) * 8)
+        count = -(-blocks // 1920)
+        assert blockmap.working_size(blocks) == 480 * count + 2 * (-(-count // 64) * 8) + 16
     body = bytearray(blockmap.working_size(5000))
     states = blockmap.BlockMap(memoryview(body), 5000, 4096)
     states.set_data(1920, 1921)
@@ -128,6 +128,8 @@ def test_working_map_is_as_described() -> None:
     assert (body[240], body[720 + 480], body[1440], body[1448]) == (1, 1, 0b110, 0)
     states.begin_round()
     assert (body[1440], body[1448]) == (0, 0b110)
+    states.sync = sectors.SyncState.UNDER_WAY
+    assert struct.unpack_from("<QQ", body, 1456) == (1, 1)
 
 
 def test_header_of_a_pool_image_is_as_described() -> None:
@@ -204,7 +206,7 @@ def test_checksums_that_would_be_states_are_moved_up(monkeypatch: pytest.MonkeyP
 def test_working_sums_are_as_described() -> None:
     for blocks in (1, 60, 61, 60 * 64, 60 * 64 + 1):
         count = -(-blocks // 60)
-        assert summap.working_size(blocks) == 480 * count + 2 * (-(-count // 64) * 8)
+        assert summap.working_size(blocks) == 480 * count + 2 * (-(-count // 64) * 8) + 24
     body = bytearray(summap.working_size(200))
     states = summap.SumMap(memoryview(body), 200)
     states.set_data(60, 0x1122334455667788)
@@ -213,6 +215,9 @@ def test_working_sums_are_as_described() -> None:
     assert (body[960], body[1920], body[1928]) == (1, 0b110, 0)
     states.begin_round()
     assert (body[1920], body[1928]) == (0, 0b110)
+    states.sync = sectors.SyncState.ASKING
+    states.settle()
+    assert struct.unpack_from("<QQQ", body, 1936) == (1, 2, 1)
     text = (FORMATS / "survivor.md").read_text()
     assert f"## Body of `sums`, layout {summap.LAYOUT}\n" in text
 
