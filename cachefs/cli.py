@@ -57,8 +57,14 @@ mountpoint_argument = click.argument("mountpoint", type=Path)
 @config_argument
 @mountpoint_argument
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground and log to stderr; Ctrl-C drains.")
-@click.option("--ready-fd", type=int, hidden=True, help="Descriptor that gets one byte when the mount answers.")
-def mount(config: Path, mountpoint: Path, foreground: bool, ready_fd: int | None) -> None:
+@click.option(
+    "--ready-fd", type=int, hidden=True, help="Run in the background; told where the log goes, -1: nobody is."
+)
+@click.option("--take-over", hidden=True, help="Descriptors of a predecessor that serves.")
+@click.option("--no-resend", is_flag=True, hidden=True, help="As if the kernel could not send requests again.")
+def mount(
+    config: Path, mountpoint: Path, foreground: bool, ready_fd: int | None, take_over: str | None, no_resend: bool
+) -> None:
     """Serve the disks of CONFIG as files in the directory MOUNTPOINT.
 
     Returns 0 once the mount answers, and serves on in the background; logs then go to the journal, or to a file in
@@ -72,9 +78,30 @@ def mount(config: Path, mountpoint: Path, foreground: bool, ready_fd: int | None
     from cachefs import start
 
     if foreground:
-        start.run_in_foreground(config, mountpoint, ready_fd)
+        way, _, memory = (take_over or "").partition(",")
+        descriptors = (int(way), int(memory)) if take_over else None
+        options = start.StartOptions(ready_fd, descriptors, with_resend=not no_resend)
+        start.run_in_foreground(config, mountpoint, options)
     else:
-        sys.exit(start.run_in_background(config, mountpoint))
+        sys.exit(start.run_in_background(config, mountpoint, with_resend=not no_resend))
+
+
+@cli.command()
+@mountpoint_argument
+def upgrade(mountpoint: Path) -> None:
+    """Let the installed version of cachefs take over MOUNTPOINT, with its configuration file as it is now.
+
+    Machines go on; they see a pause. Disks may be added and dropped, and their settings changed, by editing the file before;
+    one that is open must keep its layers and its store. When the successor cannot start the daemon serves on, and the
+    command says why.
+
+    \b
+    Example:
+      pip install --upgrade cachefs && cachefs upgrade /mnt/disks
+    """
+    from cachefs import upgrading
+
+    click.echo(upgrading.upgrade(mountpoint))
 
 
 @cli.command()

@@ -15,7 +15,7 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -30,7 +30,7 @@ from cachefs.schema import DISK_ONLY, NAME, DiskKeys, FileKeys, ImageKeys, PoolK
 from cachefs.units import format_duration, format_size, parse_duration, parse_size, shown
 from cachefs.yamlfile import Document, Keys, path_name, read
 
-__all__ = ["Config", "DiskSpec", "ImageSpec", "LayerSpec", "PoolSpec", "json_schema", "load"]
+__all__ = ["Config", "DiskSpec", "ImageSpec", "LayerSpec", "PoolSpec", "json_schema", "load", "restore"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,20 @@ class Config:
     pools: Mapping[str, PoolSpec]
     images: Mapping[str, ImageSpec]
     disks: Mapping[str, DiskSpec]
+    values: str = field(default="", compare=False, repr=False)
+    """What the file said, as JSON: `restore` makes the same configuration of it."""
+
+    def foundation(self, name: str) -> tuple[object, ...]:
+        """All that decides which bytes disk *name* has and where they lie: it stays the same while the disk is open."""
+        disk = self.disks[name]
+        image = None if disk.image is None else self.images[disk.image]
+        layers = (*disk.layers, *(image.layers if image is not None else ()))
+        names = [layer.options.pool for layer in layers if isinstance(layer.options, CacheConfig)]
+        pools = [(self.pools[pool].options.path, self.pools[pool].options.block_size) for pool in names]
+        stores = [
+            overlay_path(self.state_dir, name, _store_path(layer)) for layer in disk.layers if layer.kind == "cow"
+        ]
+        return disk.layers, disk.backend, image, disk.writable, pools, stores
 
 
 def load(path: Path) -> Config:
@@ -105,7 +119,20 @@ def load(path: Path) -> Config:
 
     Raises: ConfigError with every mistake in the file.
     """
-    document = read(path)
+    return _build(read(path))
+
+
+def restore(file: Path, values: str) -> Config:
+    """The configuration that `load` once made of *file*, whatever the file says now.
+
+    Raises: ConfigError when this version of cachefs does not take it.
+    """
+    document = Document(file)
+    document.root = json.loads(values)
+    return _build(document)
+
+
+def _build(document: Document) -> Config:
     root = document.root
     if not isinstance(root, dict):
         document.problem((), f"must be a mapping with the key 'disks', not {shown(root)}")
@@ -126,7 +153,16 @@ def load(path: Path) -> Config:
     _check_caches(document, found_images, found_disks)
     document.raise_problems()
     assert keys is not None  # or there was a problem
-    return Config(path.absolute(), keys.state_dir, keys.poll, keys.spill, found_pools, found_images, found_disks)
+    return Config(
+        document.file.absolute(),
+        keys.state_dir,
+        keys.poll,
+        keys.spill,
+        found_pools,
+        found_images,
+        found_disks,
+        values=json.dumps(root),
+    )
 
 
 AnyKeys = TypeVar("AnyKeys", bound=Options)

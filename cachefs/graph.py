@@ -56,7 +56,8 @@ def refuse_inside(mountpoint: Path | None, state_dir: Path, *specs: LayerSpec | 
     """Raises: StoreError when a store would lie inside the mount that it is to serve."""
     if mountpoint is None:
         return
-    inside = os.path.realpath(mountpoint)
+    # Resolved without touching the mountpoint: in a successor nobody answers there yet.
+    inside = os.path.join(os.path.realpath(mountpoint.parent), mountpoint.name)
     named = [(spec.path, value) for spec in specs for _, value in spec.options if isinstance(value, Path)]
     for where, path in [("state_dir", state_dir), *named]:
         real = os.path.realpath(path)

@@ -170,6 +170,11 @@ class Survivors:
                 if left is not None:
                     os.close(left)
 
+    def has(self, name: str) -> bool:
+        """Whether a predecessor left it and nobody has taken it."""
+        with self._lock:
+            return name in self._inherited
+
     def untaken(self) -> set[str]:
         """Names of what a predecessor left and nobody has taken."""
         with self._lock:
@@ -183,7 +188,7 @@ class Survivors:
     # ---- memories
 
     def memory(
-        self, kind: str, layouts: Collection[int], store: uuid.UUID, length: int, epoch_file: Path
+        self, kind: str, layouts: Collection[int], store: uuid.UUID, length: int, epoch_file: Path | None
     ) -> SurvivorMemory:
         """The memory *kind* of *store*: the one that a predecessor left, when it is valid, or a new one.
 
@@ -191,11 +196,12 @@ class Survivors:
         memory.name, and acknowledges nothing before that.
 
         layouts: those that the caller reads; a new memory has the highest. length: bytes of a new one; an inherited one
-        may have another. epoch_file: is made where there is none, its directory too; bumped, durably, with a new memory.
+        may have another. epoch_file: is made where there is none, its directory too; bumped, durably, with a new memory. None:
+        there is no store that somebody could open without the memory.
 
         Raises: LayoutError: there is a valid memory, and another version of cachefs must read it; OSError.
         """
-        name, epoch = memory_name(kind, store), read_epoch(epoch_file)
+        name, epoch = memory_name(kind, store), 0 if epoch_file is None else read_epoch(epoch_file)
         descriptor = self.take(name)
         tag = None if descriptor is None else read_tag(descriptor)
         if descriptor is not None:
@@ -211,7 +217,8 @@ class Survivors:
             log.warning("%s: memory of an earlier opening is void: the store was opened without it since", name)
             self.drop([name])
             os.close(descriptor)
-        return SurvivorMemory(kind, max(layouts), store, bump_epoch(epoch_file), length)
+        epoch = 0 if epoch_file is None else bump_epoch(epoch_file)
+        return SurvivorMemory(kind, max(layouts), store, epoch, length)
 
     def has_memory(self, kind: str, store: uuid.UUID, epoch_file: Path) -> bool:
         """Whether a predecessor left a memory of *store* that is valid."""

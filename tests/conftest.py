@@ -104,12 +104,24 @@ class Mounted:
             assert self.process.wait(DEADLINE_S) == 0, self.log()
 
     def kill(self) -> None:
-        """kill -9. The mount stays on the tree, dead."""
+        """kill -9 of the daemon and of whoever would start another. The mount stays on the tree, dead."""
+        for supervisor in self._supervisors():
+            os.kill(supervisor, signal.SIGKILL)
         self._signal(signal.SIGKILL)
         if self.process is not None:
             self.process.wait(DEADLINE_S)
         else:
             _wait_until(lambda: not Path(f"/proc/{self.pid}").exists(), "the daemon's end")
+
+    def _supervisors(self) -> list[int]:
+        """Those that stand behind our mount in the background."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline") if self.process is None else ():
+            with contextlib.suppress(OSError):
+                words = path.read_bytes().split(b"\0")
+                if b"cachefs.supervisor" in words and os.fsencode(self.path) in words:
+                    found.append(int(path.parent.name))
+        return found
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -120,6 +132,8 @@ class Mounted:
 
     def clean_up(self) -> None:
         self._signal(signal.SIGCONT)
+        for supervisor in self._supervisors():  # before the daemon, which it would start anew
+            os.kill(supervisor, signal.SIGKILL)
         found = mounts.find_mount(self.path)
         if found is not None:
             mounts.try_unmount(self.path, lazy=True)

@@ -14,14 +14,16 @@ Source: libfuse lib/mount.c (_FUSE_COMMFD, "/dev/fd/N"), Linux fs/fuse/dev.c.
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
+import struct
 import subprocess
 import time
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 
 import trio
@@ -31,18 +33,27 @@ from cachefs.fuse.buffers import REQUEST_AT
 from cachefs.fuse.dataplane import DATA_OPCODES, Dataplane
 from cachefs.fuse.polling import PollWindow
 from cachefs.fuse.protocol import (
+    FUSE_DEV_IOC_CLONE,
     IN_HEADER,
     INIT_IN,
+    INVAL_ENTRY,
+    NO_REPLY,
+    NOTIFY_INVAL_ENTRY,
+    NOTIFY_RESEND,
     OPEN_REPLY,
     OUT_HEADER,
     REQUEST_HEAD,
+    Init,
     Opcode,
     Open,
+    agreed_flags,
     compose_init_reply,
 )
+from cachefs.mountstate import MountState
 
 log = logging.getLogger(__name__)
 
+ROOT_NODE = 1
 BATCH = 64  # requests handled before other tasks get their turn
 RELAY_BUFFER = 4 << 20
 LONGEST_RUN_S = 0.001  # of polling without a turn for other tasks
@@ -83,16 +94,45 @@ def mount_device(mountpoint: Path, options: str) -> int:
     raise CachefsError(f"mount at {mountpoint}", "fusermount3 sent no descriptor; is its version 3?")
 
 
+def clone_device(device: int) -> int:
+    """Another descriptor of the same mount: requests read from it fail when it is closed, and the mount goes on."""
+    clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        fcntl.ioctl(clone, FUSE_DEV_IOC_CLONE, struct.pack("I", device))
+    except BaseException:
+        os.close(clone)
+        raise
+    return clone
+
+
 class Channel:
     """Moves requests and replies. open_flags: the flags of an OPEN's reply by inode, for the files that are disks.
 
-    device is ours to close.
+    The device is ours to close. The connection's agreement, and who has what open, are noted in *state*. with_resend=False:
+    do not agree on RESEND, as if the kernel had none.
     """
 
-    def __init__(self, device: int, dataplane: Dataplane, open_flags: Mapping[int, Open], poll: float) -> None:
-        self._device = device
+    def __init__(
+        self,
+        device: int,
+        dataplane: Dataplane,
+        open_flags: dict[int, Open],
+        poll: float,
+        state: MountState,
+        *,
+        with_resend: bool = True,
+    ) -> None:
+        self._device = self._original = device
+        self.can_resend = True
         self._dataplane = dataplane
         self._open_flags = open_flags
+        self._state = state
+        self._with_resend = with_resend
+        self._init_request = b""
+        self._replaying: int | None = None  # unique of the INIT that is replayed to libfuse
+        self._replayed = trio.Event()
+        self._serving = trio.CancelScope()
+        self._unanswered: set[int] = set()  # uniques of namespace requests
         self._window = PollWindow(poll)
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._ours, self._theirs):
@@ -100,7 +140,8 @@ class Channel:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, RELAY_BUFFER)
         self._unsent: deque[bytes] = deque()  # for libfuse, while the socket is full
         self._init: tuple[int, int] | None = None  # unique of the INIT under way, and the flags it offers
-        self._opens: dict[int, int] = {}  # unique of each OPEN under way -> inode
+        self._opens: dict[int, int] = {}  # unique of each OPEN of a disk under way -> inode
+        self._releases: dict[int, int] = {}  # the same of each RELEASE
         self._turn_due = False  # another task has something to do: do not poll past it
 
     def hand_over(self) -> str:
@@ -110,12 +151,66 @@ class Channel:
     def close(self) -> None:
         self._ours.close()
         self._theirs.close()  # a no-op once it was handed over
-        os.close(self._device)
+        for device in {self._device, self._original}:
+            os.close(device)
+
+    # ---- a connection that is there already
+
+    async def take_over(self, request: bytes, reply: bytes) -> None:
+        """Go on where a predecessor stopped: libfuse hears the INIT of then, and the kernel sends again what that left.
+
+        request, reply: of that INIT. Before `serve_requests`; `serve_replies` must run.
+        """
+        _, self._replaying, _ = REQUEST_HEAD.unpack_from(request)
+        self._unsent.append(request)
+        self._send_to_libfuse()
+        await self._replayed.wait()
+        self._agreed_on(reply)
+        if self.can_resend:
+            os.write(self._device, OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0))
+
+    async def forget_entry(self, name: str) -> None:
+        """Have the kernel look *name* up anew in the root directory. While requests are served: it may wait for one."""
+        content = name.encode() + b"\0"
+        head = INVAL_ENTRY.pack(INVAL_ENTRY.size + len(content), NOTIFY_INVAL_ENTRY, 0, ROOT_NODE, len(content) - 1, 0)
+        with contextlib.suppress(OSError):  # ENOENT: it does not know the name
+            await trio.to_thread.run_sync(os.write, self._device, head + content)
+
+    def _agreed_on(self, reply: bytes) -> None:
+        """Where the kernel cannot send again what a dead daemon had read, that would hang: then it shall fail instead.
+
+        What was read from a clone of the device fails when the clone is closed, and the mount lives on in the original.
+        """
+        self.can_resend = bool(agreed_flags(reply) & Init.HAS_RESEND)
+        if not self.can_resend:
+            try:
+                self._device = self._dataplane.device = clone_device(self._original)
+            except OSError as exc:
+                log.warning("cannot clone the FUSE device (%s): requests in flight hang when the daemon dies", exc)
+
+    def pause(self) -> None:
+        """Have `serve_requests` return; nothing is read from the device any more."""
+        self._serving.cancel()
+
+    async def wait_idle(self, patience_s: float) -> bool:
+        """After `pause`: until every request that was read has been answered; False: that takes longer."""
+        deadline = trio.current_time() + patience_s
+        while self._unanswered or self._dataplane.waiting.table:
+            if trio.current_time() > deadline:
+                return False
+            await trio.sleep(0.001)  # some are answered from threads, which wake nobody
+        return True
 
     # ---- kernel to us
 
-    async def serve_requests(self) -> None:
-        """Until the mount is gone."""
+    async def serve_requests(self) -> bool:
+        """Until the mount is gone (True) or `pause` (False)."""
+        with trio.CancelScope() as self._serving:
+            await self._serve_requests()
+            return True
+        return False
+
+    async def _serve_requests(self) -> None:
         window = self._window
         while True:
             since = time.perf_counter()
@@ -154,6 +249,7 @@ class Channel:
         dataplane = self._dataplane
         counts, handle = dataplane.counts, dataplane.handle
         unpack_head, readv, device = REQUEST_HEAD.unpack_from, os.readv, self._device
+        handling = self._state.handling
         buffer = dataplane.pool.take()
         handled = 0
         while handled < BATCH:
@@ -177,10 +273,12 @@ class Channel:
             opcode, unique, node = unpack_head(buffer.view, REQUEST_AT)
             counts[opcode & 63] += 1
             if opcode in DATA_OPCODES:
+                handling[0] = node  # in survivor memory: should we die of it, the successor knows of which disk
                 if not handle(buffer, length, opcode, unique, node):
                     buffer = dataplane.pool.take()
                 continue
             self._forward(opcode, unique, node, bytes(buffer.view[REQUEST_AT : REQUEST_AT + length]))
+        handling[0] = 0
         dataplane.pool.give_back(buffer)
         return handled
 
@@ -190,9 +288,15 @@ class Channel:
             flags, flags2 = INIT_IN.unpack_from(request.ljust(IN_HEADER.size + INIT_IN.size, b"\0"), IN_HEADER.size)[
                 3:5
             ]
-            self._init = (unique, flags | flags2 << 32)
+            offered = flags | flags2 << 32
+            self._init = (unique, offered if self._with_resend else offered & ~Init.HAS_RESEND)
+            self._init_request = request
         elif opcode == Opcode.OPEN and node in self._open_flags:
             self._opens[unique] = node
+        elif opcode == Opcode.RELEASE and node in self._open_flags:
+            self._releases[unique] = node
+        if opcode not in NO_REPLY:
+            self._unanswered.add(unique)
         self._unsent.append(request)
         self._send_to_libfuse()
         self._turn_due = True
@@ -218,18 +322,33 @@ class Channel:
                     break
                 if not message:
                     return
-                self._dataplane.reply(self._complete(message))
+                if self._replaying is not None and OUT_HEADER.unpack_from(message)[2] == self._replaying:
+                    self._replaying = None  # the kernel has had its answer long ago
+                    self._replayed.set()
+                else:
+                    self._dataplane.reply(self._complete(message))
+                    if self._init_request and self._state.agreed is not None:
+                        self._init_request = b""
+                        self._agreed_on(self._state.agreed[1])
                 self._send_to_libfuse()
 
     def _complete(self, reply: bytes) -> bytes:
         if len(reply) < OUT_HEADER.size:
             return reply
         _, error, unique = OUT_HEADER.unpack_from(reply)
+        self._unanswered.discard(unique)
         if self._init is not None and unique == self._init[0]:
             offered, self._init = self._init[1], None
-            return compose_init_reply(reply, offered)
+            composed = compose_init_reply(reply, offered)
+            self._state.agree(self._init_request, composed)
+            return composed
+        released = self._releases.pop(unique, None) if self._releases else None
+        if released is not None:
+            self._state.count(unique, released, -1)
+            return reply
         node = self._opens.pop(unique, None) if self._opens else None
         if node is None or error or len(reply) != OPEN_REPLY.size:
             return reply
+        self._state.count(unique, node, +1)
         length, error, unique, handle, _, backing = OPEN_REPLY.unpack(reply)
         return OPEN_REPLY.pack(length, error, unique, handle, self._open_flags[node], backing)

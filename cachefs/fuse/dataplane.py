@@ -113,7 +113,7 @@ class Dataplane:
         background: int = MAX_BACKGROUND,
         spill: Spill | None = None,
     ) -> None:
-        self._device = device
+        self.device = device
         self._disks = {disk.inode: disk for disk in disks}
         self._boundary = boundary
         self.pool = BufferPool()
@@ -130,6 +130,10 @@ class Dataplane:
         self.counts = [0] * 64  # by opcode, of all requests, namespace included
         self.malformed = 0
         self.now_ns = time.time_ns()  # brought up to date once per batch by the channel
+
+    def add(self, disk: Disk) -> None:
+        """Serve one more."""
+        self._disks[disk.inode] = disk
 
     # ---- one request
 
@@ -334,7 +338,7 @@ class Dataplane:
     def reply(self, message: bytes | memoryview) -> None:
         """Write a reply to the device. One that nobody waits for any more is dropped."""
         try:
-            os.write(self._device, message)
+            os.write(self.device, message)
         except OSError as exc:
             # ENOENT: the request was interrupted or aborted. ENODEV: the mount is gone. Both are nobody's fault.
             if exc.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):

@@ -50,6 +50,11 @@ class Namespace(pyfuse3.Operations):
         self._daemon_status = daemon_status
         self._started_ns = min((disk.mtime_ns for disk in disks), default=0)
 
+    def add(self, disk: Disk) -> None:
+        """Show one more."""
+        self._disks[disk.inode] = disk
+        self._by_name[disk.name.encode()] = disk
+
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode

@@ -85,6 +85,12 @@ class Opcode(enum.IntEnum):
 OPCODE_NAMES = {int(opcode): opcode.name for opcode in Opcode}
 
 
+NOTIFY_INVAL_ENTRY, NOTIFY_RESEND = 3, 7
+INVAL_ENTRY = struct.Struct("<IiQ QII")  # out header, parent namelen flags; then the name and a zero byte
+NO_REPLY = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT))
+FUSE_DEV_IOC_CLONE = 0x8004E500  # _IOR(229, 0, uint32_t)
+
+
 class Init(enum.IntFlag):
     """INIT flags; those from bit 32 on travel in flags2."""
 
@@ -134,6 +140,12 @@ WANTED = (
 )
 # Of what libfuse answers only this is its own business: how it wants directories listed.
 LIBFUSE_DECIDES = Init.DO_READDIRPLUS | Init.READDIRPLUS_AUTO
+
+
+def agreed_flags(reply: bytes) -> int:
+    """The flags, all 64 bits, in a reply to INIT that we composed."""
+    fields = INIT_REPLY.unpack_from(reply)
+    return int(fields[6] | fields[13] << 32)
 
 
 def compose_init_reply(reply: bytes, offered: int) -> bytes:

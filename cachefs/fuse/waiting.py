@@ -17,6 +17,7 @@ import errno
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -110,6 +111,9 @@ class Waiting:
         self.admission: Admission[Request] = Admission(background, spill.limit)
         self.table: dict[int, Request] = {}
         self.given_up = 0
+        self.on_waiting: Callable[[int, bool], None] = lambda inode, waiting: None
+        """Told the inode of a disk that has requests in tasks from here on, or has none any more."""
+        self._in_tasks: Counter[int] = Counter()
         self._refusals_said: dict[int, float] = {}
         self._without_task = 0
         self._drained = trio.Event()
@@ -166,6 +170,10 @@ class Waiting:
 
     def _run_in_task(self, request: Request, buffer: Buffer, until: float = math.inf) -> None:
         request.scope = trio.CancelScope(deadline=until)
+        inode = request.disk.inode
+        self._in_tasks[inode] += 1
+        if self._in_tasks[inode] == 1:
+            self.on_waiting(inode, True)
         self._nursery.start_soon(self._run, request, buffer, request.scope)
 
     def _heard(self, request: Request, buffer: Buffer, until: float | None) -> None:
@@ -193,6 +201,9 @@ class Waiting:
         except Exception as exc:
             reply = error_reply(request.unique, self._boundary.errno_of(exc, str(request)))
         finally:
+            self._in_tasks[request.disk.inode] -= 1
+            if not self._in_tasks[request.disk.inode]:
+                self.on_waiting(request.disk.inode, False)
             self._end(request, buffer, reply)
 
     def _end(self, request: Request, buffer: Buffer, reply: bytes | memoryview) -> None:

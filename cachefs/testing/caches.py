@@ -126,6 +126,7 @@ class CacheBench:
     mode: Literal["read-only", "write-through"] = "read-only"
     identity: Identity = field(default_factory=lambda: Identity("file", {"inode": "7"}))
     slow: bool = False
+    survivors: Survivors = field(default_factory=Survivors)
 
     def __post_init__(self) -> None:
         self.chunks: dict[int, bytearray] = {}
@@ -156,6 +157,7 @@ class CacheBench:
                 evict=self.evict,
                 block_size=self.block_size,
                 patience_s=self.patience_s,
+                survivors=self.survivors,
             ) as pool:
                 yield pool
 

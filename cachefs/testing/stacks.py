@@ -30,6 +30,7 @@ from cachefs.layers.checked import Checked
 from cachefs.layers.cow import Cow, CowConfig
 from cachefs.layers.extents import ExtentsConfig
 from cachefs.pool.pool import open_pool
+from cachefs.survivor import Survivors
 from cachefs.testing.gate import FileGate, Gate
 from cachefs.testing.nbdserver import serve_image
 from cachefs.testing.wrapper import SlowOnly
@@ -94,6 +95,7 @@ class Bench:
     chunks: dict[int, bytearray] = field(default_factory=dict)
 
     content: bytes = b""
+    survivors: Survivors = field(default_factory=Survivors)
 
     def __post_init__(self) -> None:
         self.content = self.content or pattern(self.case.size)
@@ -116,9 +118,17 @@ class Bench:
         async with AsyncExitStack() as stack:
             pools = {}
             for name in {spec.options.pool for spec in case.layers if isinstance(spec.options, CacheConfig)}:
-                pool = open_pool(self.folder / "pools" / name, name, quota=case.quota, block_size=case.block_size)
+                pool = open_pool(
+                    self.folder / "pools" / name,
+                    name,
+                    quota=case.quota,
+                    block_size=case.block_size,
+                    survivors=self.survivors,
+                )
                 pools[name] = await stack.enter_async_context(pool)
-            env = Environment("disk", self.folder / "state", writable=case.writable, pools=pools)
+            env = Environment(
+                "disk", self.folder / "state", writable=case.writable, pools=pools, survivors=self.survivors
+            )
             backend = await self._open_backend(stack, env)
             wrapped = between(Checked(backend)) if between is not None else Checked(backend)
             gate = Gate(SlowOnly(wrapped) if case.slow else wrapped)

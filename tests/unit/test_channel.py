@@ -31,6 +31,8 @@ from cachefs.fuse.protocol import (
     compose_init_reply,
 )
 from cachefs.graph import edge
+from cachefs.mountstate import open_state
+from cachefs.survivor import Survivors
 
 DISK, OTHER = 2, 3
 FLAGS = {DISK: Open.DIRECT_IO | Open.PARALLEL_DIRECT_WRITES}
@@ -51,7 +53,7 @@ class Rig:
         device.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         disk = Disk("vm1", edge(Memory("vm1/memory", 4096)), DISK, writable=True, mode=0o600, uid=0, gid=0)
         self.dataplane = Dataplane(device.fileno(), [disk], nursery, Boundary())
-        self.channel = Channel(device.detach(), self.dataplane, FLAGS, 0.0)
+        self.channel = Channel(device.detach(), self.dataplane, dict(FLAGS), 0.0, open_state(Survivors()))
         path = self.channel.hand_over()
         assert re.fullmatch(r"/dev/fd/\d+", path)
         self.kernel = trio.socket.from_stdlib_socket(kernel)
