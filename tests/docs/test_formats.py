@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from cachefs import survivor
+from cachefs import mountstate, survivor
 from cachefs.extent import Extent, ExtentKind
 from cachefs.nbd import unflushed
 from cachefs.pool import holes, pool, summap
@@ -223,7 +223,7 @@ def test_working_sums_are_as_described() -> None:
 
 
 def test_slot_of_an_unflushed_change_is_as_described() -> None:
-    text = (FORMATS / "survivor.md").read_text().split("A slot:\n", 1)[1]
+    text = (FORMATS / "survivor.md").read_text().split("A slot:\n", 1)[1].split("\n## ", 1)[0]
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (.*) \|$", text, re.MULTILINE)
     found = [(int(offset), int(length)) for offset, length, _ in rows]
     padding = (2, 6)
@@ -253,3 +253,45 @@ def test_runs_of_a_file_of_extents_lie_where_the_table_says() -> None:
     assert (count, content[32 : 32 + length]) == (3, b'{"facts": {"inode": "7"}, "kind": "file"}')
     assert content[32 + length :] == struct.pack("<6Q", 0, 4096 << 2, 1 << 36, 5 << 2 | 1, 1 << 37, 6 << 2 | 2)
     assert int.from_bytes(content[8:12], "little") == zlib.crc32(content[12:])
+
+
+def test_memory_of_a_mount_is_as_described() -> None:
+    text = (FORMATS / "survivor.md").read_text()
+    assert f"## Body of a `mount`, layout {mountstate.LAYOUT}\n" in text
+    part = text.partition("## Body of a `mount`")[2]
+    rows = [(int(a), int(b), c) for a, b, c in re.findall(r"^\| (\d+) \| (\d+) \| (.*) \|$", part, re.MULTILINE)]
+    words = [offset // 8 for offset, length, _ in rows[:12]]
+    assert words == list(range(12))
+    named = {
+        mountstate._NEXT_INODE: "next inode",
+        mountstate._HANDLING: "being handled",
+        mountstate._CONFIGS: "configuration was set",
+        mountstate._SUCCESSIONS: "took over",
+        mountstate._DRAINING: "drains",
+        mountstate._STOPPED_NS: "CLOCK_MONOTONIC",
+        mountstate._COUNTED_UNIQUE: "`unique`",
+        mountstate._COUNTED_INODE: "Its inode",
+        mountstate._COUNTED: "open count",
+        mountstate._CRASH_COUNT: "crashes",
+        mountstate._AGREED: "INIT is agreed",
+        mountstate._ROWS: "Rows",
+    }
+    for word, phrase in named.items():
+        assert phrase in rows[word][2]
+    sizes = [(offset, length) for offset, length, _ in rows[12:18]]
+    assert sizes == [
+        (mountstate._CRASHES_AT, mountstate.CRASHES * mountstate._CRASH.size),
+        (mountstate._INIT_AT, mountstate._INIT_SIZE),
+        (mountstate._INIT_AT + mountstate._INIT_SIZE, mountstate._INIT_SIZE),
+        (mountstate._CONFIG_AT, mountstate._CONFIG_SIZE),
+        (mountstate._CONFIG_AT + mountstate._CONFIG_SIZE, mountstate._CONFIG_SIZE),
+        (mountstate._DISKS_AT, mountstate.DISKS * mountstate._DISK_SIZE),
+    ]
+    assert mountstate._INIT_AT + 2 * mountstate._INIT_SIZE <= mountstate._CONFIG_AT
+    columns = {offset // 8: what for offset, _, what in rows[18:]}
+    assert "Inode" in columns[mountstate._INODE]
+    assert "Open count" in columns[mountstate._OPENS]
+    assert "Size" in columns[mountstate._BYTES]
+    assert "being opened" in columns[mountstate._OPENING]
+    assert "in tasks" in columns[mountstate._WAITING]
+    assert rows[-1][:2] == (mountstate._NAME_AT, mountstate._NAME_SIZE)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cachefs import supervisor
+
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd" / "cachefs@.service"
 # each gives the daemon a mount namespace of its own: what it mounts would be seen by nobody else
@@ -75,7 +77,18 @@ def test_unit_stops_by_draining_and_never_restarts_what_restarting_cannot_help()
     assert unit["ExecStop"].split()[1] == "umount"
     assert "--force" not in unit["ExecStop"]
     # the exit codes of ConfigError and StoreError, see cachefs.errors
-    assert unit["RestartPreventExitStatus"] == "2 3"
+    assert unit["RestartPreventExitStatus"] == "0 2 3"
+
+
+def test_unit_keeps_what_outlives_the_daemon_and_touches_no_mount_before_it_is_served_again() -> None:
+    unit = settings()
+    assert int(unit["FileDescriptorStoreMax"]) >= supervisor.MOST_DESCRIPTORS
+    assert unit["Restart"] == "always"
+    assert unit["StartLimitIntervalSec"] == "0"
+    assert unit["NotifyAccess"] == "main"
+    assert "WatchdogSec" in unit
+    assert "mountinfo" in unit["ExecStartPre"]
+    assert "ExecStopPost" not in unit
 
 
 def test_manual_tells_the_places_that_the_unit_uses() -> None:
