@@ -391,6 +391,7 @@ class Disks:
             pools=there,
             survivors=self._survivors,
             forced_stop=self._forced_stop,
+            is_successor=self._known is not None,
         )
 
     def _show(self, spec: DiskSpec, top: Layer, unopened: Unopened | None) -> None:

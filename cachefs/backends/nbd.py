@@ -20,8 +20,8 @@ import os
 import shlex
 import ssl
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Annotated
 
@@ -35,15 +35,14 @@ from cachefs.layers.base import MAX_IO, Caps, Done, Environment, Geometry, Later
 from cachefs.nbd.address import Address, parse_uri
 from cachefs.nbd.child import Child
 from cachefs.nbd.client import Client, Dial, Limits
-from cachefs.nbd.connection import ConnectionLost, ServerSilent
+from cachefs.nbd.connection import Connection, ConnectionLost, ServerSilent
 from cachefs.nbd.dial import dialer, tls_context
 from cachefs.nbd.handshake import Export, Flag, RefusedError
 from cachefs.nbd.protocol import TRANSIENT_ERRORS, Command, Request
 from cachefs.nbd.recovery import Recovery
 from cachefs.nbd.status import StatusQuestions
-from cachefs.nbd.unflushed import Kind, Unflushed, body_size
+from cachefs.nbd.unflushed import Kind, Unflushed, body_size, data_size
 from cachefs.store.identity import SAMPLE_SIZE, SAMPLES, Identity
-from cachefs.survivor import SurvivorMemory
 from cachefs.units import Duration, LocalPath, Size, align_down, align_up
 
 log = logging.getLogger(__name__)
@@ -174,12 +173,8 @@ class Nbd:
         address = parse_uri(config.uri or "") if child is None else child.address
         backend = cls(name, config, address, dial or _dialer(name, config, address), child)
         problem: CachefsError | None = None
-        connect = partial(backend._client.connect, config.deadline)
-        try:
-            first = await (connect() if child is None else child.until_served(connect))
-        except (TransientError, RefusedError) as exc:
-            raise StoreError(name, f"cannot open {backend._address}: {exc.detail}") from exc
-        with _memory(config, env) as unflushed:
+        async with _memory(name, config, env) as unflushed:
+            first = await backend._connect_first(env)
             recovery = backend._recover(unflushed, first.export, opened_at)
             beside = (recovery.run, backend._restart_what_hangs, partial(backend._stop_when_forced, env.forced_stop))
             async with backend._client.keep_connected(first, beside):
@@ -192,8 +187,20 @@ class Nbd:
                         yield backend
                     finally:
                         problem = await backend._flush_at_last()
+            if isinstance(problem, StoreError):
+                raise problem  # what is unflushed stays for the next try
         if problem is not None:
             raise problem
+
+    async def _connect_first(self, env: Environment) -> Connection:
+        """Raises: StoreError."""
+        # guests wait already where the mount has outlived a daemon
+        patience_s = self._insistence.patience_s if env.is_successor else self._config.deadline
+        connect = partial(self._client.connect, patience_s)
+        try:
+            return await (connect() if self._child is None else self._child.until_served(connect))
+        except (TransientError, RefusedError) as exc:
+            raise StoreError(self.name, f"cannot open {self._address}: {exc.detail}") from exc
 
     async def _restart_what_hangs(self) -> None:
         """A server of our own that is silent is started anew: there is nobody else who would."""
@@ -267,6 +274,9 @@ class Nbd:
                 log.warning(
                     "%s: the server offers no flush: what it acknowledges has to be durable as it is", self.name
                 )
+        self.identity = Identity("nbd", {"export": self._address.export, "size": str(export.size)})
+        if writable:
+            return  # nothing is made over contents that change
         try:
             self.identity = await self._sample()
         except CachefsError as exc:
@@ -445,18 +455,36 @@ class Nbd:
         }
 
 
-@contextmanager
-def _memory(config: NbdConfig, env: Environment) -> Iterator[Unflushed]:
-    """Of the changes that the server may lose."""
+@asynccontextmanager
+async def _memory(name: str, config: NbdConfig, env: Environment) -> AsyncIterator[Unflushed]:
+    """Of the changes that the server may lose. When the disk cannot be opened now, it is there for the next try.
+
+    Raises: StoreError.
+    """
     if not env.writable:
         yield Unflushed(memoryview(bytearray(body_size(0))), 0)
         return
     store = uuid.uuid5(uuid.NAMESPACE_URL, f"{env.owner} {config.uri or shlex.join(config.command or ())}")
-    memory = SurvivorMemory("nbd", _MEMORY_LAYOUT, store, 0, body_size(config.unflushed))
+    epoch = env.state_dir / "nbd" / f"{store}.epoch"
+    open_it = partial(
+        env.survivors.memory, "nbd", {_MEMORY_LAYOUT}, store, body_size(align_down(config.unflushed, 4096)), epoch
+    )
     try:
-        yield Unflushed(memory.body, config.unflushed)
-    finally:
-        memory.close()
+        memory = await trio.to_thread.run_sync(open_it)
+    except OSError as exc:
+        raise StoreError(name, f"cannot write {epoch}: {exc.strerror}") from exc
+    try:
+        if not memory.is_inherited:
+            await trio.to_thread.run_sync(env.survivors.keep, {memory.name: memory.descriptor})
+        yield Unflushed(memory.body, data_size(len(memory.body)))
+    except StoreError:
+        env.survivors.give_back({memory.name: memory.descriptor})
+        raise
+    except BaseException:
+        env.survivors.release(memory)
+        raise
+    else:
+        env.survivors.release(memory)
 
 
 def _dialer(name: str, config: NbdConfig, address: Address) -> Dial:

@@ -126,7 +126,7 @@ class Environment:
 
     forced_stop: set when nothing is to be waited for any more.
     pool: that of the cache in the same stack, if there is one.
-    survivors: what outlives the process.
+    survivors: what outlives the process. is_successor: the mount has outlived a daemon, and guests wait.
     """
 
     owner: str
@@ -136,6 +136,7 @@ class Environment:
     forced_stop: trio.Event = field(default_factory=trio.Event)
     pool: Pool | None = None
     survivors: Survivors = field(default_factory=Survivors)
+    is_successor: bool = False
 
 
 class Layer(Protocol):

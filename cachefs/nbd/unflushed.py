@@ -60,8 +60,13 @@ class Change:
 
 
 def body_size(data_bytes: int) -> int:
-    """Bytes of memory for *data_bytes* of unflushed data."""
+    """Bytes of memory for *data_bytes* of unflushed data, a multiple of 4096."""
     return _slots(data_bytes) * _SLOT.size + data_bytes
+
+
+def data_size(body_bytes: int) -> int:
+    """How many bytes of data a memory of *body_bytes* was made for, if it was at least 4 MiB."""
+    return body_bytes * _BYTES_PER_SLOT // (_BYTES_PER_SLOT + _SLOT.size)
 
 
 def _slots(data_bytes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from cachefs.layers.base import Environment
 from cachefs.nbd.handshake import Export, Flag
 from cachefs.nbd.transport import Plain, Transport
 from cachefs.store.identity import SAMPLES
+from cachefs.survivor import Survivors
 
 SIZE = 1 << 20
 FLAGS = Flag.HAS_FLAGS | Flag.SEND_FLUSH | Flag.SEND_WRITE_ZEROES
@@ -93,8 +95,8 @@ class Network:
         self._send.send_nowait(self.all[-1])
         return Plain(ours), self.export
 
-    async def accept(self) -> Server:
-        with trio.fail_after(20):
+    async def accept(self, limit_s: float = 20) -> Server:
+        with trio.fail_after(limit_s):
             return await self._receive.receive()
 
     def close(self) -> None:
@@ -105,30 +107,46 @@ class Network:
 
 @asynccontextmanager
 async def opened(
-    network: Network, *, writable: bool = True, forced_stop: trio.Event | None = None, **options: Any
+    network: Network,
+    *,
+    writable: bool = True,
+    forced_stop: trio.Event | None = None,
+    survivors: Survivors | None = None,
+    state_dir: Path | None = None,
+    **options: Any,
 ) -> AsyncIterator[tuple[Nbd, Server]]:
-    """The backend and the server of its first connection, the sample of the contents already taken."""
+    """The backend and the server of its first connection, the sample of a read-only one already taken.
+
+    survivors: what a daemon before has left, of the same options and state_dir.
+    """
     config = NbdConfig.model_validate({"uri": "nbd://store/disk", **options})
     forced_stop = trio.Event() if forced_stop is None else forced_stop
-    env = Environment("disk", Path("/nonexistent"), writable=writable, forced_stop=forced_stop)
+    survivors = Survivors() if survivors is None else survivors
     server: Server | None = None
+    is_accepted = trio.Event()
 
     async def serve_sample() -> None:
         nonlocal server
-        server = await network.accept()
-        for _ in range(SAMPLES):
+        server = await network.accept(limit_s=float("inf"))  # a clock that jumps does not wait for threads
+        is_accepted.set()
+        for _ in range(0 if writable else SAMPLES):
             heard = await server.hear()
             await server.answer(heard, bytes(heard.length))
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_sample)
-        async with Nbd.open(config, env, network.dial) as disk:
-            assert server is not None
-            try:
-                yield disk, server
-            finally:
-                network.close()
-                env.forced_stop.set()  # what the test has left unflushed is not waited for
+    with tempfile.TemporaryDirectory() as folder:
+        env = Environment(
+            "disk", state_dir or Path(folder), writable=writable, forced_stop=forced_stop, survivors=survivors
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_sample)
+            async with Nbd.open(config, env, network.dial) as disk:
+                await is_accepted.wait()
+                assert server is not None
+                try:
+                    yield disk, server
+                finally:
+                    network.close()
+                    forced_stop.set()  # what the test has left unflushed is not waited for
 
 
 class Reading:

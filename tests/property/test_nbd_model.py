@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import random
 import struct
+import tempfile
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -209,11 +210,11 @@ async def flushed(disk: Nbd) -> bool:
 async def run_once(seed: int, policy: str) -> None:
     """Raises: AssertionError when something acknowledged is lost, TooSlowError when something hangs."""
     network = Network()
-    with closing(network):
-        await run_over(network, seed, policy)
+    with closing(network), tempfile.TemporaryDirectory() as folder:
+        await run_over(network, Path(folder), seed, policy)
 
 
-async def run_over(network: Network, seed: int, policy: str) -> None:
+async def run_over(network: Network, folder: Path, seed: int, policy: str) -> None:
     async with trio.open_nursery() as nursery:
         simulation = Simulation(seed, network, nursery)
         config = NbdConfig.model_validate(
@@ -225,7 +226,7 @@ async def run_over(network: Network, seed: int, policy: str) -> None:
                 "on_failure": policy,
             }
         )
-        async with Nbd.open(config, Environment("disk", Path("/nonexistent")), simulation.dial) as disk:
+        async with Nbd.open(config, Environment("disk", folder), simulation.dial) as disk:
             owners = [Owner(number, disk, random.Random(f"{seed} {number}")) for number in range(WRITERS)]
             with trio.fail_after(3600):
                 async with trio.open_nursery() as troubles:

@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import struct
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -451,5 +452,6 @@ async def test_export_that_cannot_be_served_is_refused_at_once(
 @asynccontextmanager
 async def opened_alone(network: Network) -> AsyncIterator[Nbd]:
     config = NbdConfig.model_validate({"uri": "nbd://store/disk"})
-    async with Nbd.open(config, Environment("disk", Path("/nonexistent")), network.dial) as disk:
-        yield disk
+    with tempfile.TemporaryDirectory() as folder:
+        async with Nbd.open(config, Environment("disk", Path(folder)), network.dial) as disk:
+            yield disk

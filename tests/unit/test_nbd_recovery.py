@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from cachefs.nbd.client import DEPTH
 from cachefs.nbd.handshake import Flag
 from cachefs.nbd.protocol import FUA, NO_HOLE
 from cachefs.nbd.unflushed import Kind, Ranges, Unflushed, body_size, next_wave, without_superseded
+from cachefs.survivor import Survivors
 from cachefs.testing.nbdscript import (
     BLOCK_STATUS,
     DISCONNECT,
@@ -33,7 +36,7 @@ from cachefs.testing.nbdscript import (
     opened,
 )
 
-pytestmark = pytest.mark.logs("connection lost, making a new one", "are to be sent again")
+pytestmark = pytest.mark.logs("connection lost, making a new one", "are to be sent again", "is void")
 
 MULTI = replace(EXPORT, flags=FLAGS | Flag.CAN_MULTI_CONN)
 
@@ -647,6 +650,67 @@ async def test_a_forced_stop_still_flushes_what_can_be(network: Network, autojum
         await server.answer(heard)
         await wait_all_tasks_blocked()
         assert disk.try_flush(lambda error: None)
+
+
+# ---- a daemon that died
+
+
+@pytest.mark.logs("the last flush failed")
+@pytest.mark.parametrize("under_way", [True, False], ids=["under way", "all answered"])
+async def test_a_successor_sends_again_what_was_acknowledged_and_forgets_the_rest(
+    network: Network, autojump_clock: MockClock, tmp_path: Path, under_way: bool
+) -> None:
+    survivors = Survivors()
+    left: list[tuple[str, int]] = []
+
+    async def serve_and_die() -> None:
+        async with opened(network, survivors=survivors, state_dir=tmp_path) as (disk, server):
+            await done(server, disk.write, 0, memoryview(b"flushed"))
+            await done(server, disk.flush)
+            await done(server, disk.write, 0, memoryview(b"kept"))
+            async with trio.open_nursery() as nursery:
+                if under_way:
+                    start(nursery, disk.write, 2, memoryview(b"never answered"))
+                    await server.hear()
+                left.extend((name, os.dup(descriptor)) for name, descriptor in survivors.kept())
+                nursery.cancel_scope.cancel()
+                network.close()
+
+    with pytest.raises(ExceptionGroup):
+        await serve_and_die()
+    after = Network()
+    began = trio.current_time()
+    async with (
+        opened(after, survivors=Survivors(left), state_dir=tmp_path) as (disk, server),
+        trio.open_nursery() as nursery,
+    ):
+        reading = Reading(disk, 0, 4)
+        nursery.start_soon(reading.run)
+        heard = await server.hear(limit_s=100)
+        assert (heard.command, heard.data) == (WRITE, b"kept")
+        assert (trio.current_time() - began >= 29.9) == under_way  # what was under way may still arrive until then
+        await server.answer(heard)
+        heard = await server.hear()
+        assert heard.command == READ
+        await server.answer(heard, b"kept")
+        await wait_all_tasks_blocked()
+        await done(server, disk.flush)
+        assert disk.statistics().values["unflushed_bytes"] == 0
+
+
+async def test_a_memory_is_void_once_the_disk_was_open_without_it(network: Network, tmp_path: Path) -> None:
+    survivors = Survivors()
+    left: list[tuple[str, int]] = []
+    async with opened(network, survivors=survivors, state_dir=tmp_path) as (disk, server):
+        await done(server, disk.write, 0, memoryview(b"kept"))
+        left.extend((name, os.dup(descriptor)) for name, descriptor in survivors.kept())
+        await done(server, disk.flush)
+    async with opened(Network(), state_dir=tmp_path):
+        pass
+    after = Network()
+    async with opened(after, survivors=Survivors(left), state_dir=tmp_path) as (disk, server):
+        assert (await done(server, disk.write, 0, memoryview(b"new"))).data == b"new"
+        await done(server, disk.flush)
 
 
 # ---- the memory
