@@ -19,6 +19,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,10 +27,10 @@ from pathlib import Path
 
 import trio
 
-from cachefs import __version__, control, handover, mounts
+from cachefs import __version__, control, handover, hurry, mounts
 from cachefs.config import Config
 from cachefs.disk import Disk, Disks, DiskState
-from cachefs.errors import CachefsError, unwrap
+from cachefs.errors import CachefsError
 from cachefs.fuse import namespace
 from cachefs.fuse.boundary import Boundary
 from cachefs.fuse.channel import Channel, mount_device
@@ -127,11 +128,7 @@ class Daemon:
         # The receiver before the mount: a signal in between would leave a dead one.
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT) as signals:
             async with self._disks.running():
-                try:
-                    await self._mount_and_serve(ready, signals)
-                except BaseExceptionGroup as group:
-                    self._die_of(unwrap(group))
-                    raise
+                await self._mount_and_serve(ready, signals)
                 self._cut_short_by_signals()
         await trio.to_thread.run_sync(self._survivors.drop, [name for name, _ in self._survivors.kept()])
         notify(STOPPING="1")
@@ -144,11 +141,12 @@ class Daemon:
         else:
             log.info("unmounted %s; every disk is flushed and closed", self.mountpoint)
 
-    def _die_of(self, exc: BaseException) -> None:
-        """A bug ended the service. Where somebody takes over, that is better than to close, which may hang."""
-        if self._forced_stop.is_set() or isinstance(exc, CachefsError) or not self._survivors.keeper_answers:
+    def _leave_to_successor(self) -> None:
+        """After a bug: where somebody takes over, to die is better than to close, which may hang, and to unmount."""
+        if self._forced_stop.is_set() or not self._survivors.keeper_answers:
             return
-        log.critical("the daemon failed on a bug in cachefs, and ends; please report this:", exc_info=exc)
+        log.critical("the daemon failed on a bug in cachefs, and ends; please report this:", exc_info=sys.exc_info()[1])
+        logging.shutdown()
         os._exit(os.EX_SOFTWARE)
 
     def _refused(self) -> dict[str, str]:
@@ -174,9 +172,10 @@ class Daemon:
         try:
             await self._serve(device, ready, signals)
         finally:
-            # Reached without an unmount only by a forced stop or a bug: the tree must not keep a dead mount.
+            # Reached without an unmount only by a forced stop or a bug.
             if mounts.find_mount(self.mountpoint) is not None:
-                mounts.try_unmount(self.mountpoint, lazy=True)
+                self._leave_to_successor()
+                mounts.try_unmount(self.mountpoint, lazy=True)  # the tree must not keep a dead mount
 
     def _open_device(self) -> int:
         """The connection of a predecessor, or that of a new mount. Blocks."""
@@ -274,6 +273,7 @@ class Daemon:
         for name in self._dropped:
             await self._channel.forget_entry(name)
         await self._disks.wait_tried()
+        hurry.end()
         self._took_over_ms = round((time.monotonic_ns() - began_ns) / 1e6, 1)
         self._state.stopped_ns = 0
         disks = self._disks.disks
@@ -483,7 +483,7 @@ class Daemon:
 
 def _process_start_ns() -> int:
     """On the clock of time.monotonic_ns(); as exact as a tick of the kernel, 10 ms."""
-    fields = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     since_boot_ns = int(fields[19]) * 10**9 // os.sysconf("SC_CLK_TCK")
     return time.monotonic_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - since_boot_ns)
 

@@ -319,9 +319,11 @@ class Disks:
                     assert isinstance(error, Exception)
                     self.failures.append(error)
                     if not isinstance(error, CachefsError):
+                        self._note_bug(where)
                         raise
                     return
                 if not isinstance(error, StoreError):
+                    self._note_bug(where)
                     raise
             finally:
                 self._attempts.pop(scope, None)
@@ -336,6 +338,12 @@ class Disks:
             with trio.move_on_after(delay):
                 await closing.wait()
             delay = min(LONGEST_DELAY_S, delay * 1.5)
+
+    def _note_bug(self, where: str) -> None:
+        """The daemon is about to die of what *where* met: log it, and leave word of the disk that it was."""
+        log.critical("%s failed on a bug in cachefs; please report this:", where, exc_info=True)
+        if where in self.disks:
+            self._on_opening(where, True)
 
     # ---- opening
 

@@ -8,6 +8,7 @@ Concurrency: one event loop; nothing here blocks.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import time
@@ -71,6 +72,14 @@ class MountState:
             row = self._row(number)
             if row[_INODE]:
                 self._know(self._name(number), row)
+
+    def wait_alone(self) -> None:
+        """Until no other daemon serves the mount; from here on none does until this process has ended. Blocks.
+
+        A keeper that starts a successor in the middle of a hand-over would else have two of them.
+        """
+        self._alone = os.open(f"/proc/self/fd/{self.memory.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        fcntl.flock(self._alone, fcntl.LOCK_EX)  # of a description of our own, which nobody keeps or inherits
 
     # ---- the connection
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cachefs import hurry
 from cachefs.errors import CachefsError, unwrap
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class StartOptions:
 
 def run_in_foreground(config: Path, mountpoint: Path, options: StartOptions) -> None:
     """Serve until unmounted. Raises: CachefsError."""
+    if "LISTEN_FDS" in os.environ:
+        hurry.begin()
     # Machines may wait for us. Nothing that is imported and made now is garbage (the daemon enables this again), and no
     # plugin of pydantic's is ours (to look for them means to read the metadata of every package).
     gc.disable()
@@ -99,6 +102,7 @@ def _prepare(config: Path, mountpoint: Path, options: StartOptions) -> tuple[Dae
     survivors.drop(["device"])
     loaded = load(config)
     where = _check_mountpoint(mountpoint)
+    state.wait_alone()
     state.forget_connection()
     state.set_config(where, loaded.file, loaded.values)
     survivors.keep({mountstate.NAME: state.memory.descriptor})
@@ -111,6 +115,7 @@ def _succeed(survivors: Survivors, state: MountState, options: StartOptions) -> 
     from cachefs.config import restore
     from cachefs.daemon import Daemon, Predecessor
 
+    state.wait_alone()
     where, file, values = state.config
     restored = restore(file, values)
     state.note_crash()
@@ -155,9 +160,11 @@ def _take_over(config: Path, options: StartOptions, way: int, memory: int) -> tu
     except EOFError:
         raise CachefsError("upgrade", "the daemon serves on: nothing is taken over") from None
     predecessor.accept()
+    hurry.begin()  # not before: the predecessor served
     predecessor.wait_gone()
     survivors = Survivors(inherited)
     state = mountstate.open_state(survivors)
+    state.wait_alone()
     dropped = sorted(set(state) - set(loaded.disks))
     for name in dropped:
         state.drop(name)

@@ -96,8 +96,13 @@ def show(status: dict[str, Any]) -> None:
     console.print(table)
     _show_pools(console, daemon.get("pools", {}), _cache_layers(status))
     for name, disk in status["disks"].items():
-        if "error" in disk:
-            console.print(f"{name}: {disk['error']}", soft_wrap=True, highlight=False)
+        if said := disk.get("error", disk.get("waits_for")):
+            console.print(f"{name}: {said}", soft_wrap=True, highlight=False)
+    if daemon["survives"]["keeper"] == "dead":
+        text = (
+            "whoever kept this daemon alive has died: the mount will not outlive it; drain and mount anew when you can"
+        )
+        console.print(text, soft_wrap=True, highlight=False)
 
 
 def _cache_layers(status: dict[str, Any]) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ _EPOCH = struct.Struct("<Q")
 
 def boot_id() -> bytes:
     """16 bytes that are the same until the machine starts anew."""
-    return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()).bytes
+    return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()).bytes
 
 
 class Tag(NamedTuple):

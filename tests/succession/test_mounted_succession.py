@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEEPERS, ROOT, Served, is_gone, wait_for
+from served import KEEPERS, ROOT, Served, is_gone, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -453,19 +453,27 @@ def test_a_daemon_that_dies_again_and_again_answers_with_errors_and_does_not_han
     mounted.umount()
 
 
-def test_only_the_disk_that_the_daemon_dies_of_is_refused(served: Callable[..., Served], tmp_path: Path) -> None:
-    package = tmp_path / "package"
+def broken_package(folder: Path, module: str, *functions: str, fault: str) -> tuple[Path, Callable[[], None]]:
+    """A copy of cachefs whose *functions*, given by their first lines, begin with *fault*; and a call that heals it."""
+    package = folder / "package"
     shutil.copytree(ROOT / "cachefs", package / "cachefs", ignore=shutil.ignore_patterns("__pycache__"))
-    cow = package / "cachefs" / "layers" / "cow.py"
-    good = cow.read_text()
-    bad = good
-    for fatal in (
+    path = package / "cachefs" / module
+    good = bad = path.read_text()
+    for line in functions:
+        assert good.count(line) == 1
+        bad = bad.replace(line, f"{line}        {fault}\n")
+    path.write_text(bad)
+    return package, lambda: (path.write_text(good), None)[1]
+
+
+def test_only_the_disk_that_the_daemon_dies_of_is_refused(served: Callable[..., Served], tmp_path: Path) -> None:
+    package, heal = broken_package(
+        tmp_path,
+        "layers/cow.py",
         "    def try_read_into(self, offset: int, buffer: memoryview) -> bool:\n",
         "    async def read_into(self, offset: int, buffer: memoryview) -> None:\n",
-    ):
-        assert good.count(fatal) == 1
-        bad = bad.replace(fatal, fatal + "        if self.name == 'vm2/cow':\n            __import__('os')._exit(9)\n")
-    cow.write_text(bad)
+        fault="_ = self.name == 'vm2/cow' and __import__('os')._exit(9)",
+    )
     mounted = served(simple(tmp_path, "vm1", "vm2"), package=package)
     with opened(mounted.path / "vm2") as vm2:
         read = Read(vm2)
@@ -473,7 +481,31 @@ def test_only_the_disk_that_the_daemon_dies_of_is_refused(served: Callable[..., 
         assert read.errno == errno.EIO
     assert (mounted.path / "vm1").read_bytes()[:4] == b"base"
     assert "each time at work for vm2" in mounted.status("vm2")["disk"]["error"]
-    cow.write_text(good)
+    heal()
     mounted.upgrade()
     assert (mounted.path / "vm2").read_bytes()[:4] == b"base"
+    mounted.umount()
+
+
+def test_a_bug_in_the_background_of_a_disk_ends_the_daemon_and_then_that_disk_alone(
+    served: Callable[..., Served], tmp_path: Path
+) -> None:
+    package, heal = broken_package(
+        tmp_path,
+        "store/blockstore.py",
+        "    async def _puncher(self) -> None:\n",
+        fault="await self._punch_due.wait(); 1 / (self.name != 'vm2/cow')",
+    )
+    mounted = served(simple(tmp_path, "vm1", "vm2"), package=package)
+    with (mounted.path / "vm2").open("r+b", buffering=0) as vm2:
+        vm2.write(b"x" * 8192)
+        assert subprocess.run(["fallocate", "-p", "-o", "0", "-l", "4096", mounted.path / "vm2"]).returncode == 0
+        wait_for(lambda: mounted.status("vm2")["disk"]["state"] == "refused", "the end of the loop", 60)
+        assert (mounted.path / "vm1").read_bytes()[:4] == b"base"
+        assert "each time at work for vm2" in mounted.status("vm2")["disk"]["error"]
+        assert "vm2 failed on a bug in cachefs" in mounted.log()
+        assert "ZeroDivisionError" in mounted.log()
+        heal()
+        mounted.upgrade()
+        assert os.pread(vm2.fileno(), 8192, 0) == bytes(4096) + b"x" * 4096
     mounted.umount()

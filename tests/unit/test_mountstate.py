@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,15 @@ def test_the_agreement_counts_when_it_is_whole(state: MountState) -> None:
     assert successor_of(state).agreed == (b"request" * 10, b"reply" * 16)
     state.forget_connection()
     assert successor_of(state).agreed is None
+
+
+def test_only_one_daemon_serves_a_mount_at_a_time(state: MountState) -> None:
+    state.wait_alone()
+    after = successor_of(state)
+    waiting = threading.Thread(target=after.wait_alone)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    os.close(state._alone)  # what the end of the process does
+    waiting.join(10)
+    assert not waiting.is_alive()
