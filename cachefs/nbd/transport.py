@@ -136,6 +136,8 @@ def reason_of(exc: BaseException) -> str:
         return f"the server's certificate: {exc.verify_message}"
     if isinstance(exc, OSError) and exc.strerror:
         return exc.strerror
+    if isinstance(exc, BaseExceptionGroup):  # of a host with several addresses
+        return reason_of(exc.exceptions[0])
     if exc.__cause__ is not None:
         return reason_of(exc.__cause__)
     return str(exc) or type(exc).__name__

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import trio
+from nbdservers import free_port
 from trio.testing import wait_all_tasks_blocked
 
 from cachefs.backends.nbd import Nbd, NbdConfig
@@ -322,6 +323,13 @@ async def test_read_is_asked_again_over_a_new_connection(network: Network, lie: 
         assert reading.buffer == b"abcdefgh"
         assert disk.pending_error() is None
         assert disk.statistics().values["lost_connections"] == 1
+
+
+async def test_why_nobody_answers_at_an_address_is_said() -> None:
+    config = NbdConfig.model_validate({"uri": f"nbd://127.0.0.1:{free_port()}/", "deadline": "200ms"})
+    with pytest.raises(StoreError, match=r"cannot connect: .*Connection refused"):
+        async with Nbd.open(config, Environment("disk", Path("/nonexistent"), writable=False)):
+            pass
 
 
 async def test_read_fails_at_the_deadline_and_the_disk_recovers_by_itself(
