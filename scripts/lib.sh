@@ -7,7 +7,7 @@ cd -- "$root"
 
 base_packages=(python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3)
 guest_packages=(qemu-system-x86 qemu-utils cpio busybox-static e2fsprogs)
-test_packages=(fio xfsprogs attr rsync tar nbdkit nbd-server nginx-light xz-utils)
+test_packages=(fio xfsprogs attr rsync tar nbdkit nbd-server nginx-light xz-utils iproute2)
 
 say() { printf '%s\n' "$*" >&2; }
 die() {

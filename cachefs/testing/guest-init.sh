@@ -5,6 +5,8 @@
 # guest=boot    the same read-write; then checks what earlier boots wrote, writes, syncs, reads it back, trims
 # guest=fill    the same as check, then leaves 32 MiB in /scratch, which the next guest=boot removes and trims
 # guest=churn   the same as check, then writes 200 MiB, deletes them and trims
+# guest=load    writes, syncs and reads files on /dev/vda and on the ext4 of /dev/vdb, until a line comes from the console
+# guest=errors  the same, without file systems: reads /dev/vda, writes its last 8 MiB and /dev/vdb, and says what fails
 #
 # What matters stands in lines that begin with "GUEST". The last one is "GUEST done" or "GUEST FAILED: why".
 
@@ -34,6 +36,80 @@ drop_caches() {
     echo 3 >/proc/sys/vm/drop_caches
 }
 
+now() { # in units of 10 ms
+    read -r up _ </proc/uptime
+    echo "${up%.*}${up#*.}"
+}
+
+# say_done BEGAN WHAT: and how long it took, if that was a second
+say_done() {
+    took=$(($(now) - $1))
+    shift
+    echo "GUEST did $*"
+    [ $took -lt 100 ] || echo "GUEST stalled $* for ${took}0 ms"
+}
+
+wait_for_console() {
+    read -r _ </dev/console
+    : >/stop
+    wait
+}
+
+# part ROUND: what is written in that round, 1 MiB
+part() { dd if=/block bs=64k count=16 skip=$(($1 % 48)) 2>/dev/null; }
+
+# keep_writing DISK WRITER: four files in turn; each is synced, and compared a round later
+keep_writing() {
+    round=0
+    until [ -f /stop ]; do
+        round=$((round + 1))
+        began=$(now)
+        file=/$1/load/$2-$((round % 4))
+        part $round | dd of="$file" bs=64k iflag=fullblock conv=fsync 2>/dev/null || fail "writing $file"
+        echo $round >"/acknowledged/$1-$2-$((round % 4))"
+        [ $round = 1 ] || part $((round - 1)) | cmp - "/$1/load/$2-$(((round - 1) % 4))" || fail "$file: wrong"
+        say_done "$began" "write $1-$2 $round"
+    done
+}
+
+keep_reading() {
+    round=0
+    until [ -f /stop ]; do
+        round=$((round + 1))
+        began=$(now)
+        echo 3 >/proc/sys/vm/drop_caches
+        verify /mnt manifest || fail "files of the base: wrong, or not to be read"
+        say_done "$began" "read mnt $round"
+    done
+}
+
+# keep_trying NAME FUNCTION ARGUMENT...: calls FUNCTION ROUND ARGUMENT... for ever, and says how long failed ones took
+keep_trying() {
+    name=$1 function=$2
+    shift 2
+    round=0
+    until [ -f /stop ]; do
+        round=$((round + 1))
+        began=$(now)
+        if "$function" $round "$@"; then
+            say_done "$began" "$name $round"
+        else
+            echo "GUEST error $name $round after $((($(now) - began) * 10)) ms"
+            sleep 0.2
+        fi
+    done
+}
+
+# write_blocks ROUND DISK WRITER START: 64 KiB, one of four places; what is under way is not acknowledged
+write_blocks() {
+    place=$(($4 + $3 * 4 + $1 % 4))
+    rm -f "/acknowledged/$2-$place"
+    part "$1" | dd of="/dev/$2" bs=64k count=1 seek=$place iflag=fullblock oflag=direct conv=fsync,notrunc 2>/dev/null || return
+    echo "$1" >"/acknowledged/$2-$place"
+}
+
+read_blocks() { dd if=/dev/vda of=/dev/null bs=64k count=4 skip=$((($1 * 4) % 512)) iflag=direct 2>/dev/null; }
+
 # From here to the end of the file system: what the scenarios share.
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -57,7 +133,7 @@ done
 echo "GUEST $scenario: Linux $(uname -r), /dev/vda has $(($(cat /sys/block/vda/size) * 512)) bytes"
 
 mode=rw
-[ "$scenario" = check ] && mode=ro
+case $scenario in check | errors) mode=ro ;; esac
 mount -t ext4 -o "$mode" /dev/vda /mnt || fail "cannot mount /dev/vda"
 verify /mnt manifest || fail "files of the base have the wrong contents"
 echo "GUEST digests ok $(wc -l </mnt/manifest) files"
@@ -120,6 +196,48 @@ boot)
     drop_caches
     verify /mnt manifest || fail "files of the base have changed after fstrim"
     verify /mnt/written $boot.sha256 || fail "what this boot wrote has changed after fstrim"
+    ;;
+
+load)
+    mkdir -p /second /acknowledged /mnt/load
+    mount -t ext4 /dev/vdb /second || fail "cannot mount /dev/vdb"
+    mkdir -p /second/load
+    dd if=/dev/urandom of=/block bs=1M count=4 2>/dev/null
+    for disk in mnt second; do
+        for writer in 1 2; do keep_writing $disk $writer & done
+    done
+    keep_reading &
+    wait_for_console
+    drop_caches
+    for name in $(ls /acknowledged); do
+        read -r round <"/acknowledged/$name"
+        part "$round" | cmp - "/${name%%-*}/load/${name#*-}" || fail "$name: what was acknowledged is not there"
+    done
+    echo "GUEST right $(ls /acknowledged | wc -l) files"
+    dmesg | grep -E 'I/O error|EXT4-fs (error|warning)' && fail "the kernel met an error"
+    (cd /second && sha256sum load/* >load.sha256) || fail "writing /second/load.sha256"
+    umount /second || fail "cannot unmount /second"
+    ;;
+
+errors)
+    mkdir -p /acknowledged
+    dd if=/dev/urandom of=/block bs=1M count=4 2>/dev/null
+    tail=$(($(cat /sys/block/vda/size) / 128 - 128))
+    for worker in 0 1; do
+        keep_trying "write vda-$worker" write_blocks vda $worker $tail &
+        keep_trying "read vda-$worker" read_blocks &
+    done
+    for worker in 0 1 2 3 4 5; do
+        keep_trying "write vdb-$worker" write_blocks vdb $worker 0 &
+    done
+    wait_for_console
+    for name in $(ls /acknowledged); do
+        read -r round <"/acknowledged/$name"
+        part "$round" | head -c 65536 >/expected
+        dd if="/dev/${name%-*}" bs=64k count=1 skip="${name#*-}" iflag=direct 2>/dev/null | cmp - /expected ||
+            fail "$name: what was acknowledged is not there"
+    done
+    echo "GUEST right $(ls /acknowledged | wc -l) blocks"
     ;;
 
 *) fail "no scenario '$scenario'" ;;

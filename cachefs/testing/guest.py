@@ -231,22 +231,48 @@ class Guest:
     kernel: Path
     initrd: Path
 
-    def command(self, disk: Path, scenario: str = "boot", memory_mib: int = 256) -> list[str]:
-        """The QEMU command line that boots from *disk* (a raw image, or a file of a cachefs mount)."""
+    def command(
+        self,
+        disk: Path,
+        scenario: str = "boot",
+        memory_mib: int = 256,
+        *,
+        second: Path | None = None,
+        cache: str = "writeback",
+    ) -> list[str]:
+        """The QEMU command line that boots from *disk* (a raw image, or a file of a cachefs mount).
+
+        *second*: the guest's /dev/vdb. *cache*: QEMU's word for how it opens both; with anything but none it takes one failed
+        fdatasync for the end, and fails every flush from then on.
+        """
+        # a comma in a file name is written twice
+        drives = [
+            f"file={str(path).replace(',', ',,')},format=raw,if=virtio,discard=unmap,cache={cache}"
+            for path in (disk, second)
+            if path is not None
+        ]
         return [
             "qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-m", str(memory_mib), "-nodefaults", "-no-reboot",
             "-display", "none", "-serial", "stdio",
             "-kernel", str(self.kernel), "-initrd", str(self.initrd),
             "-append", f"console=ttyS0 quiet panic=-1 guest={scenario}",
-            # a comma in a file name is written twice
-            "-drive", f"file={str(disk).replace(',', ',,')},format=raw,if=virtio,discard=unmap",
+            *(word for drive in drives for word in ("-drive", drive)),
         ]  # fmt: skip
 
     def boot(
-        self, disk: Path, scenario: str = "boot", *, timeout_s: float = 90, report: Callable[[str], None] | None = None
+        self,
+        disk: Path,
+        scenario: str = "boot",
+        *,
+        second: Path | None = None,
+        cache: str = "writeback",
+        console_input: int = subprocess.DEVNULL,
+        timeout_s: float = 90,
+        report: Callable[[str], None] | None = None,
     ) -> list[str]:
         """Boots from *disk* and waits until the guest has powered off; its messages, without the leading "GUEST ".
 
+        *second* and *cache* as in `command`. *console_input*: a descriptor; what is written there is typed at the console.
         *report* gets each message as it comes. A guest that is still running after *timeout_s* is killed.
 
         Raises: GuestError when it did not say "done", with the end of its console.
@@ -254,9 +280,10 @@ class Guest:
         console: list[str] = []
         messages: list[str] = []
         # QEMU's own time limit is timeout(1)'s job: a reader that waits for a line cannot keep one
-        command = ["timeout", "--kill-after=1", str(timeout_s), *self.command(disk, scenario)]
+        command = ["timeout", "--kill-after=1", str(timeout_s)]
+        command += self.command(disk, scenario, second=second, cache=cache)
         with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="latin-1"
+            command, stdin=console_input, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="latin-1"
         ) as qemu:
             assert qemu.stdout is not None
             try:
