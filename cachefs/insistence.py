@@ -5,7 +5,10 @@ chance shortens. That ends at a deadline, with an error; or never, where request
 instead of failing. Cancelling ends any of these waits.
 
 The *breaker* keeps a store that is gone from costing every request a whole deadline: once nothing was heard of it for that
-long, requests fail at once, until it is there again. It never opens where requests are held.
+long, those that wait fail, and others at once, until it is there again. It never opens where requests are held.
+
+Those that wait, too, because they may have begun late: Linux has the writes of a file wait for an fsync of it, and whoever
+sent both would wait for one deadline after the other.
 
     closed --(lost)--> waiting --(deadline passes)--> open, or holding
        ^---(reached)------'---------(reached)----------'
@@ -37,24 +40,32 @@ def backoff(rng: Callable[[], float] = random.random) -> Iterator[float]:
 
 
 class Breaker:
-    """Pure; the module draws its states. Times are seconds of one clock."""
+    """Pure; the module draws its states. Times are seconds of one clock. on_change: `opens_at` is another one now."""
 
-    def __init__(self, deadline_s: float, *, holds: bool) -> None:
+    def __init__(self, deadline_s: float, *, holds: bool, on_change: Callable[[], None] = lambda: None) -> None:
         self._deadline_s = deadline_s
         self._holds = holds
+        self._on_change = on_change
         self._lost_at: float | None = None
+
+    @property
+    def opens_at(self) -> float:
+        return float("inf") if self._holds or self._lost_at is None else self._lost_at + self._deadline_s
 
     def lost(self, now: float) -> None:
         """The store cannot be reached, from now on or still."""
         if self._lost_at is None:
             self._lost_at = now
+            self._on_change()
 
     def reached(self) -> None:
-        self._lost_at = None
+        if self._lost_at is not None:
+            self._lost_at = None
+            self._on_change()
 
     def is_open(self, now: float) -> bool:
         """Whether requests fail at once."""
-        return not self._holds and self._is_late(now)
+        return now >= self.opens_at
 
     def state(self, now: float) -> str:
         """For status: ok, reconnecting, or what a deadline without the store has led to."""
@@ -68,36 +79,49 @@ class Breaker:
         return 0.0 if self._lost_at is None else now - self._lost_at
 
     def _is_late(self, now: float) -> bool:
-        return self.away_s(now) > self._deadline_s
+        return self._lost_at is not None and now >= self._lost_at + self._deadline_s
 
 
 class Insistence:
     """Carries operations out on a store that fails at times. trouble: says what is wrong with it, for a sentence."""
 
     def __init__(self, name: str, deadline_s: float, *, holds: bool, trouble: Callable[[], str]) -> None:
-        self.breaker = Breaker(deadline_s, holds=holds)
+        self.breaker = Breaker(deadline_s, holds=holds, on_change=self._limit)
         self.retries = 0
         self._name = name
         self._deadline_s = deadline_s
         self.patience_s = float("inf") if holds else deadline_s
         """Seconds that an operation may take; without end where it is held."""
         self._trouble = trouble
+        self._waiting: dict[trio.CancelScope, float] = {}  # and when each fails at the latest
+
+    def _limit(self) -> None:
+        for scope, latest in self._waiting.items():
+            scope.deadline = min(latest, self.breaker.opens_at)
 
     async def insist(self, attempt: Callable[[], Awaitable[Result]], what: str) -> Result:
         """What *attempt* returns; it is awaited anew after each TransientError.
 
-        Raises: BackendTimeout at the deadline, or at once while the breaker is open; what else *attempt* raises.
+        Raises: BackendTimeout at the deadline, or when the breaker opens or is open; what else *attempt* raises.
         """
         last = ""
         self._raise_if_open(what)
-        with trio.move_on_after(self.patience_s):
-            for pause in backoff():
-                try:
-                    return await attempt()
-                except TransientError as exc:
-                    last = exc.detail
-                self.retries += 1
-                await trio.sleep(pause)
+        latest = trio.current_time() + self.patience_s
+        scope = trio.CancelScope(deadline=min(latest, self.breaker.opens_at))
+        self._waiting[scope] = latest
+        try:
+            with scope:
+                for pause in backoff():
+                    try:
+                        return await attempt()
+                    except TransientError as exc:
+                        last = exc.detail
+                    self.retries += 1
+                    await trio.sleep(pause)
+        finally:
+            del self._waiting[scope]
+        if trio.current_time() < latest:
+            self._raise_if_open(what)
         raise BackendTimeout(
             self._name,
             f"{what}: not done within {format_duration(self._deadline_s)}: {last or self._trouble()}",

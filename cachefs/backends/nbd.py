@@ -226,7 +226,8 @@ class Nbd:
         await forced_stop.wait()
         ends_at = trio.current_time() + _FORCED_S
         with trio.move_on_at(ends_at) as scope, suppress(BackendError):  # who closes the disk sees it too
-            await self.flush()
+            if not self._recovery.is_flushed:
+                await self.flush()
         await trio.sleep_until(ends_at)
         self._client.drop_all("the stop was forced")
         if scope.cancelled_caught:

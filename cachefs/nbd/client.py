@@ -15,7 +15,7 @@ import trio
 
 from cachefs.errors import CachefsError, TransientError
 from cachefs.insistence import Breaker, backoff
-from cachefs.nbd.connection import Connection, ConnectionLost
+from cachefs.nbd.connection import Connection, ConnectionLost, ServerSilent
 from cachefs.nbd.handshake import Export, Flag, RefusedError
 from cachefs.nbd.protocol import Request
 from cachefs.nbd.transport import LOST, Transport, reason_of
@@ -65,6 +65,7 @@ class Client:
         self._connections: list[Connection] = []
         self._changed = trio.lowlevel.ParkingLot()
         self._is_closing = False
+        self._silent_since: float | None = None  # of the connection that was lost last
 
     @property
     def connected(self) -> int:
@@ -184,8 +185,9 @@ class Client:
         self._note_absence()
 
     def _note_absence(self) -> None:
+        """From the moment on in which a silent server was last heard, if it is that."""
         if not self._connections:
-            self._breaker.lost(trio.current_time())
+            self._breaker.lost(trio.current_time() if self._silent_since is None else self._silent_since)
 
     def _make_room(self) -> None:
         if self._changed:
@@ -195,6 +197,7 @@ class Client:
         if connection not in self._connections:
             return
         self._connections.remove(connection)
+        self._silent_since = connection.lost.since if isinstance(connection.lost, ServerSilent) else None
         self._note_absence()
         if self._is_closing or connection.lost is None:
             return

@@ -43,7 +43,9 @@ class ConnectionLost(TransientError):
 
 
 class ServerSilent(ConnectionLost):
-    """It was lost because nothing came over it."""
+    """It was lost because nothing came over it. since: trio's clock."""
+
+    since = 0.0
 
 
 class Connection:
@@ -263,7 +265,9 @@ class Connection:
             patience, oldest = self._patience(), next(iter(self._pending.values()), None)
             limit = min(self._heard + patience, oldest.sent_at + self._longest_s) if oldest is not None else math.inf
             if now >= limit:
-                self._lose(ServerSilent(self._name, f"the server was silent for {now - self._heard:.1f} s"))
+                why = ServerSilent(self._name, f"the server was silent for {now - self._heard:.1f} s")
+                why.since = self._heard
+                self._lose(why)
                 return
             await trio.sleep(min(limit - now, patience, LOOK_S))
 

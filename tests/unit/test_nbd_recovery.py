@@ -597,6 +597,53 @@ async def test_a_cancelled_owner_still_flushes_when_it_closes(network: Network) 
     Network.close(network)
 
 
+async def test_a_request_that_began_during_an_outage_fails_with_those_that_began_before(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    """Behind an fsync, Linux lets a write begin when the fsync has failed; it then waited for a deadline of its own."""
+    async with opened(network, deadline="10s", fence="1s") as (disk, server), trio.open_nursery() as nursery:
+        network.trouble = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        server.close()
+        await trio.sleep(9)
+        late = start(nursery, disk.write, 0, memoryview(b"abcd"))
+        await trio.sleep(1.1)
+        assert isinstance(late.raised, BackendTimeout)
+        assert "refused, the store could not be reached for 10s" in str(late.raised)
+
+
+async def test_a_store_that_is_back_has_the_whole_deadline_again(network: Network, autojump_clock: MockClock) -> None:
+    async with opened(network, deadline="10s", fence="1s") as (disk, server), trio.open_nursery() as nursery:
+        network.trouble = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        server.close()
+        await trio.sleep(5)
+        late = start(nursery, disk.write, 0, memoryview(b"abcd"))
+        await trio.sleep(0.1)
+        network.trouble = None
+        heard = await (await network.accept()).hear()
+        await trio.sleep(4)  # within its deadline, and beyond that of the outage
+        assert not late.is_done
+        assert heard.data == b"abcd"
+        await network.all[-1].answer(heard)
+        await wait_all_tasks_blocked()
+        assert (late.is_done, late.raised) == (True, None)
+        await done(network.all[-1], disk.flush)
+
+
+async def test_an_outage_begins_when_a_silent_server_was_last_heard(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    async with opened(network, timeout="6s", deadline="10s") as (disk, server), trio.open_nursery() as nursery:
+        waiting = start(nursery, disk.read_into, 0, memoryview(bytearray(4)))
+        await server.hear()
+        await trio.sleep(5)
+        network.trouble = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        await trio.sleep(3)
+        late = start(nursery, disk.read_into, 0, memoryview(bytearray(4)))
+        await trio.sleep(2.1)
+        assert isinstance(waiting.raised, BackendTimeout)
+        assert isinstance(late.raised, BackendTimeout)
+
+
 @pytest.mark.logs("the last flush failed: .*given up")
 async def test_a_forced_stop_gives_up_what_is_under_way_and_the_last_flush(
     network: Network, autojump_clock: MockClock
