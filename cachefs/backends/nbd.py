@@ -224,16 +224,18 @@ class Nbd:
     async def _stop_when_forced(self, forced_stop: trio.Event) -> None:
         """All disks flush at once then: they are closed one after the other, and a dead store must not cost each its time."""
         await forced_stop.wait()
-        ends_at = trio.current_time() + _FORCED_S
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._flush_when_forced, trio.current_time() + _FORCED_S)
+            await trio.sleep(_FORCED_S)
+            self._client.drop_all("the stop was forced")  # a flush that was sent waits for its answer or for this
+        await trio.sleep(_FORCED_S)
+        self._client.drop_all("the stop was forced")
+
+    async def _flush_when_forced(self, ends_at: float) -> None:
         with trio.move_on_at(ends_at) as scope, suppress(BackendError):  # who closes the disk sees it too
             if not self._recovery.is_flushed:
                 await self.flush()
-        await trio.sleep_until(ends_at)
-        self._client.drop_all("the stop was forced")
-        if scope.cancelled_caught:
-            self._last_flush.cancel()
-        else:
-            self._last_flush.deadline = trio.current_time() + _FORCED_S
+        self._last_flush.deadline = ends_at if scope.cancelled_caught else ends_at + _FORCED_S
 
     async def _flush_at_last(self) -> BackendError | None:
         """What the last flush failed with."""

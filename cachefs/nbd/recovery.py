@@ -9,6 +9,8 @@ were sent again:
   way still, and land after a later write of the same bytes. The fence of a server that we started is its end; that of a
   remote one is time, counted from the loss.
 - One whose client is gone is not sent again; its range is free behind the fence.
+- A flush that was not answered needs the fence too: it may fail yet, and a server that cannot write drops what it holds then,
+  and says so to nobody. So behind the fence everything unflushed is sent again, what was answered meanwhile included.
 
     sound --(lost)--> fenced --(fence)--> resending --(all answered)--> sound
                         ^-----(lost)----------'
@@ -105,6 +107,8 @@ class Recovery:
         self._abandoned: set[Change] = set()
         self._due: list[Change] = []
         self._barred = Ranges(())
+        self._is_flush_under_way = False
+        self._is_flush_lost = False
         self._needs_fence = False
         self._fenced_from = 0.0
         self._losses = 0
@@ -127,7 +131,7 @@ class Recovery:
     @property
     def is_risky(self) -> bool:
         """Whether the loss of a connection now would have to be fenced."""
-        return bool(self._in_flight)
+        return bool(self._in_flight) or self._is_flush_under_way
 
     @property
     def is_flushed(self) -> bool:
@@ -144,10 +148,12 @@ class Recovery:
         self._losses += 1
         if not len(self._unflushed):
             return
-        if self._in_flight:
+        if self.is_risky:
             self._needs_fence = True
             self._fenced_from = trio.current_time()
             self._in_flight.clear()
+            self._is_flush_lost |= self._is_flush_under_way
+            self._is_flush_under_way = False
         self._client.drop_all(reason)
         self._begin(reason)
 
@@ -180,6 +186,9 @@ class Recovery:
                 since = self._fenced_from
                 await self._fence(since)
                 self._needs_fence = self._fenced_from != since
+            elif self._is_flush_lost:
+                self._is_flush_lost = False
+                self._begin("a flush was not answered")
             elif not self._in_flight.isdisjoint(self._due):  # a flush failed, and their connections live
                 await self._progress.park()
             else:
@@ -246,6 +255,9 @@ class Recovery:
     def check(self, request: Request) -> None:
         """In the step that sends the first byte of *request*. Raises: what makes its sender wait."""
         token = request.token
+        if request.command is Command.FLUSH:
+            self._is_flush_under_way = True
+            return
         if isinstance(token, Change):
             if token in self._abandoned:
                 raise _Unwanted
@@ -353,9 +365,10 @@ class Recovery:
         answered, losses = self._unflushed.answered, self._losses
         request = Request(Command.FLUSH)
         if self._flushes:
-            await self._client.ask(request)
+            await self._client.ask(request, give_up=False)  # for its error has to be heard
         if losses != self._losses:
             return  # it may not vouch for what was answered over a connection that is lost
+        self._is_flush_under_way = False
         if request.error:
             self._begin("a flush failed")  # a server that could not write may have dropped it, as a kernel does
             raise PermanentError(self._name, f"flush: the server says: {request.reason}")

@@ -413,6 +413,49 @@ async def test_when_the_memory_is_full_a_flush_makes_room(network: Network, auto
         await done(server, disk.flush)
 
 
+async def test_a_flush_that_may_fail_after_its_connection_was_lost_is_fenced(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    """A server that cannot write drops what it holds, which a later flush knows nothing of: what was sent meanwhile too."""
+    async with opened(network, fence="30s") as (disk, server), trio.open_nursery() as nursery:
+        await done(server, disk.write, 0, memoryview(b"before"))
+        flushing = start(nursery, disk.flush)
+        assert (await server.hear()).command == FLUSH
+        lost_at = trio.current_time()
+        server.close()
+        second = await network.accept()
+        await done(second, disk.write, 512, memoryview(b"meanwhile"))  # the flush fails after it
+        again = [await second.hear(limit_s=100), await second.hear()]
+        assert trio.current_time() - lost_at >= 30
+        assert sorted(one.data for one in again) == [b"before", b"meanwhile"]
+        assert not flushing.is_done
+        for one in again:
+            await second.answer(one)
+        heard = await second.hear()
+        assert heard.command == FLUSH
+        await second.answer(heard)
+
+
+@pytest.mark.logs("flush: the server says")
+async def test_a_flush_that_fails_for_nobody_is_heard_of(network: Network, autojump_clock: MockClock) -> None:
+    """Its caller was cancelled; the next flush would vouch for what this one has dropped."""
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        await done(server, disk.write, 0, memoryview(b"dropped"))
+        cancelled = start(nursery, disk.flush)
+        heard = await server.hear()
+        cancelled.scope.cancel()
+        await wait_all_tasks_blocked()
+        flushing = start(nursery, disk.flush)
+        await server.answer(heard, error=errno.EIO)
+        again = await server.hear()
+        assert again.data == b"dropped"
+        await server.answer(again)
+        heard = await server.hear()
+        assert heard.command == FLUSH
+        assert not flushing.is_done
+        await server.answer(heard)
+
+
 async def test_a_server_without_flush_is_asked_for_fua_and_believed(network: Network) -> None:
     network.export = replace(EXPORT, flags=Flag.HAS_FLAGS | Flag.SEND_FUA | Flag.SEND_WRITE_ZEROES)
     async with opened(network) as (disk, server):
