@@ -18,13 +18,12 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import trio
 
 from cachefs.disk import Disk
 from cachefs.errors import CachefsError
-from cachefs.extent import Extent, ExtentKind
+from cachefs.extent import ExtentKind
 from cachefs.fuse.boundary import Boundary
 from cachefs.fuse.buffers import BODY_AT, DATA_AT, REQUEST_AT, Buffer, BufferPool, read_reply
 from cachefs.fuse.protocol import (
@@ -60,41 +59,6 @@ SEEK_DATA, SEEK_HOLE = os.SEEK_DATA, os.SEEK_HOLE
 READ, WRITE, FSYNC, FLUSH = int(Opcode.READ), int(Opcode.WRITE), int(Opcode.FSYNC), int(Opcode.FLUSH)
 FALLOCATE, LSEEK, INTERRUPT = int(Opcode.FALLOCATE), int(Opcode.LSEEK), int(Opcode.INTERRUPT)
 DATA_OPCODES = frozenset((READ, WRITE, FSYNC, FLUSH, FALLOCATE, LSEEK, INTERRUPT))
-
-
-class _Sought(NamedTuple):
-    """What an LSEEK found; None: there is no more data."""
-
-    offset: int | None
-
-    def reply(self, unique: int) -> bytes:
-        if self.offset is None:
-            return error_reply(unique, errno.ENXIO)
-        return LSEEK_REPLY.pack(LSEEK_REPLY.size, 0, unique, self.offset)
-
-
-class _Seek:
-    """The search for the next data or hole of a disk of *size* bytes. at: up to there it has not been found."""
-
-    def __init__(self, size: int, offset: int, whence: int) -> None:
-        self._size = size
-        self._wants_data = whence == SEEK_DATA
-        self._begin = self.at = offset
-
-    def pass_(self, extent: Extent) -> _Sought | None:
-        """*extent* begins at `at`: the answer if it has it, else go on behind it. A hole is at the end at last."""
-        if (extent.kind is ExtentKind.DATA) == self._wants_data:
-            return _Sought(extent.offset)
-        self.at = extent.end
-        if self.at < self._size:
-            return None
-        return _Sought(None if self._wants_data else self._size)
-
-    def give_up(self) -> _Sought:
-        """What is not known counts as data; a hole of no length ends what is known to be some."""
-        if self._wants_data or self.at > self._begin:
-            return _Sought(self.at)
-        return _Sought(self._size)
 
 
 class Dataplane:
@@ -223,7 +187,7 @@ class Dataplane:
             return self._refuse(unique, errno.ENXIO)
         found = self._try_seek(disk, offset, whence)
         if found is not None:
-            self.reply(found.reply(unique))
+            self.reply(self._sought(unique, found, disk.size, whence))
             return True
         return self._later(Request(disk, opcode, unique, self._pid(buffer.view), offset, 0, whence), buffer)
 
@@ -311,27 +275,42 @@ class Dataplane:
         return WRITE_REPLY.pack(WRITE_REPLY.size, 0, request.unique, request.size, 0)
 
     @staticmethod
-    def _try_seek(disk: Disk, offset: int, whence: int) -> _Sought | None:
-        """The answer of an LSEEK as far as it is known at once."""
-        seek = _Seek(disk.size, offset, whence)
+    def _try_seek(disk: Disk, offset: int, whence: int) -> int | None:
+        """The answer of an LSEEK as far as it is known at once; the size of the disk when there is nothing more."""
+        size, look = disk.size, disk.top.try_extent
+        wants_data = whence == SEEK_DATA
         for _ in range(LSEEK_LOOKS):
-            extent = disk.top.try_extent(seek.at, disk.size - seek.at)
+            extent = look(offset, size - offset)
             if extent is None:
-                break
-            if (found := seek.pass_(extent)) is not None:
-                return found
+                return None
+            if (extent.kind is ExtentKind.DATA) == wants_data:
+                return offset
+            offset = extent.end
+            if offset == size:
+                return size
         return None
 
-    async def _lseek(self, disk: Disk, unique: int, offset: int, whence: int) -> bytes:
-        seek = _Seek(disk.size, offset, whence)
+    @staticmethod
+    def _sought(unique: int, found: int, size: int, whence: int) -> bytes:
+        """A hole is at the end at last; data is not."""
+        if found == size and whence == SEEK_DATA:
+            return error_reply(unique, errno.ENXIO)
+        return LSEEK_REPLY.pack(LSEEK_REPLY.size, 0, unique, found)
+
+    async def _lseek(self, disk: Disk, unique: int, begin: int, whence: int) -> bytes:
+        at, size = begin, disk.size
         with trio.move_on_after(LSEEK_PATIENCE_S):
             limit = 4  # the answer is mostly the first or second extent
-            while True:
-                for extent in await disk.top.extents(seek.at, disk.size - seek.at, limit):
-                    if (found := seek.pass_(extent)) is not None:
-                        return found.reply(unique)
+            while at < size:
+                for extent in await disk.top.extents(at, size - at, limit):
+                    if (extent.kind is ExtentKind.DATA) == (whence == SEEK_DATA):
+                        return self._sought(unique, extent.offset, size, whence)
+                    at = extent.end
                 limit = min(1024, limit * 4)
-        return seek.give_up().reply(unique)
+            return self._sought(unique, size, size, whence)
+        # What is not known counts as data; a hole of no length ends what is known to be some.
+        found = size if whence == SEEK_HOLE and at == begin else at
+        return self._sought(unique, found, size, whence)
 
     # ---- replies
 

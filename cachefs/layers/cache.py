@@ -429,7 +429,8 @@ class Cache:
         found = self.child.try_extent(offset, length)
         if found is None:
             return None
-        return Extent(offset, self._next_zeros(offset, found.length) - offset, found.kind)
+        end = self._next_zeros(offset, found.length)
+        return found if end == found.end else Extent(offset, end - offset, found.kind)
 
     def map_runs(self, offset: int, limit: int) -> list[MapRun]:
         """What the pool has, from *offset* on: a non-empty prefix of the rest."""

@@ -311,12 +311,16 @@ class Cow:
         return _merge(self._first_runs(offset, length, limit), below)[:limit]
 
     def try_extent(self, offset: int, length: int) -> Extent | None:
-        if self._map.state(offset >> self._shift) is not State.ABSENT:
+        block = offset >> self._shift
+        if self._written[block] or self._zero[block]:
             run = self._map.run_at(offset, offset + min(length, LOOK_SPAN))
             return Extent(offset, run.length, _KINDS[run.state])
         found = self.child.try_extent(offset, min(length, LOOK_SPAN))  # first: it says how far to look here
         if found is None:
             return None
+        last = ((found.end - 1) >> self._shift) + 1
+        if self._written.find(1, block, last) < 0 and self._zero.find(1, block, last) < 0:
+            return found
         return Extent(offset, self._map.run_at(offset, found.end).length, found.kind)
 
     def _first_runs(self, offset: int, length: int, limit: int) -> list[Run]:

@@ -191,13 +191,17 @@ async def check_extents(layer: Layer, offset: int, length: int, model: Model, li
     """Extents cover the range without a gap, and what they call zero or hole is zeros."""
     end = offset + length
     while offset < end:
-        for extent in await layer.extents(offset, end - offset, limit):
-            assert extent.offset == offset, f"extents leave a gap or overlap at {offset}"
+        at_once = layer.try_extent(offset, end - offset)
+        for extent in [*([at_once] if at_once else []), *await layer.extents(offset, end - offset, limit)]:
+            if extent is at_once:
+                assert (extent.offset, extent.end <= end) == (offset, True), f"{extent} is told at once of {offset}"
+            else:
+                assert extent.offset == offset, f"extents leave a gap or overlap at {offset}"
+                offset = extent.end
             assert extent.length > 0, f"empty extent at {offset}"
             if extent.kind is not ExtentKind.DATA:
                 held = model.content[extent.offset : extent.end]
                 assert held.count(0) == len(held), f"{extent} is said to be zeros, and is not"
-            offset = extent.end
     assert offset == end, f"extents end at {offset}, not at {end}"
 
 
