@@ -98,6 +98,10 @@ class HolesFile:
 
     async def save(self, known: Iterable[Extent]) -> bool:
         """Replace it. False: there is no room, or the pool's file system does not work now."""
+        async with self._image.holes_lock:
+            return await self._save(known)
+
+    async def _save(self, known: Iterable[Extent]) -> bool:
         image = self._image
         if image.is_leaving or not image.writing.may_try(trio.current_time()):
             return False

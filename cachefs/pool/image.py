@@ -129,6 +129,7 @@ class PoolImage:
         self.blocks.on_used = self.ahead.used
         self.users = 0
         self.is_damaged = False  # a part of the map could not be read
+        self.holes_lock = trio.Lock()  # two disks may have stacks of their own over one image
         self.holes_bytes = 0  # that the file of what is known of its extents takes, see `cachefs.pool.holes`
         self.unowned = 0  # bytes in the data file that no block of the map accounts for
         self.reading = Health("reading")

@@ -46,7 +46,8 @@ def test_help_of_every_command_shows_an_example(path: tuple[str, ...], command: 
 
 
 def test_there_are_the_commands_of_the_manual() -> None:
-    assert {"mount", "umount", "upgrade", "status", "check", "schema", "overlay", "pool", "warm"} == set(cli.commands)
+    commands = {"mount", "umount", "upgrade", "status", "check", "schema", "overlay", "pool", "warm", "map"}
+    assert commands == set(cli.commands)
 
 
 def test_version() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from cachefs.backends.memory import CHUNK, Memory
 from cachefs.errors import FormatError
@@ -207,6 +209,31 @@ async def test_its_room_counts_under_the_quota_and_is_given_back(folder: Path) -
         del layer
     async with open_pool(folder / "pool", "node", quota=16 << 20) as pool:
         assert pool.account.used == empty + room
+
+
+async def test_two_stacks_over_one_image_take_turns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, begun, may_go_on = holes._replace_now, list[Path](), threading.Event()
+
+    def held_replace(path: Path, content: bytes) -> None:
+        begun.append(path)
+        assert may_go_on.wait(20)
+        replace(path, content)
+
+    monkeypatch.setattr(holes, "_replace_now", held_replace)
+    made = open_pool(folder / "pool", "node", quota=16 << 20, patience_s=30)
+    async with made as pool, opened(pool), opened(pool):
+        (image,) = pool.images.values()
+        empty = pool.account.used
+        known = [[Extent(at * 8, 4, HOLE) for at in range(runs)] for runs in (4000, 30, 9000)]
+        async with trio.open_nursery() as nursery:
+            for runs in known:
+                nursery.start_soon(holes.HolesFile(image).save, runs)
+            await wait_all_tasks_blocked(0.2)
+            assert len(begun) <= 1
+            may_go_on.set()
+        content = (image.path / holes.NAME).read_bytes()
+        assert holes.decode(content, "", BASE, SIZE) in known
+        assert pool.account.used == empty + -(-len(content) // 4096) * 4096
 
 
 @pytest.mark.logs("cannot be written")
