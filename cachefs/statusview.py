@@ -98,7 +98,7 @@ def show(status: dict[str, Any]) -> None:
     for name, disk in status["disks"].items():
         if said := disk.get("error", disk.get("waits_for")):
             console.print(f"{name}: {said}", soft_wrap=True, highlight=False)
-    if daemon["survives"]["keeper"] == "dead":
+    if daemon.get("survives", {}).get("keeper") == "dead":
         text = (
             "whoever kept this daemon alive has died: the mount will not outlive it; drain and mount anew when you can"
         )

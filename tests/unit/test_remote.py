@@ -19,7 +19,7 @@ def test_breaker_opens_a_deadline_after_the_loss_and_closes_when_the_store_is_re
     assert breaker.state(0) == "ok"
     breaker.lost(100)
     breaker.lost(105)  # still lost
-    assert [(breaker.state(now), breaker.is_open(now)) for now in (110, 110.1)] == [
+    assert [(breaker.state(now), breaker.is_open(now)) for now in (109.9, 110)] == [
         ("reconnecting", False),
         ("failing", True),
     ]
