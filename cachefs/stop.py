@@ -80,6 +80,13 @@ def _wait_for_end(pid: int, say: Callable[[str], None], timeout: float | None = 
     return True
 
 
+def _is_cachefs(pid: int) -> bool:
+    """systemd keeps the connection too, and is none of our business."""
+    with contextlib.suppress(OSError):
+        return b"cachefs" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
 def _force(mountpoint: Path, device: str, pid: int | None, say: Callable[[str], None]) -> None:
     if pid is not None:
         os.kill(pid, signal.SIGQUIT)
@@ -87,8 +94,8 @@ def _force(mountpoint: Path, device: str, pid: int | None, say: Callable[[str], 
             if mounts.find_mount(mountpoint) is not None:
                 mounts.try_unmount(mountpoint, lazy=True)
             return
-    for server in {pid} - {None} | set(mounts.find_servers(device)):
-        assert server is not None
+    others = [server for server in mounts.find_servers(device) if server != pid and _is_cachefs(server)]
+    for server in (*others, *([pid] if pid is not None else [])):  # first the supervisor, which would start another one
         with contextlib.suppress(ProcessLookupError):
             os.kill(server, signal.SIGKILL)
     if not mounts.abort_connection(device):
