@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 from served import KEEPERS, ROOT, Served, is_gone, wait_for
 
+from cachefs import mounts
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 MIB = 1 << 20
@@ -206,6 +208,17 @@ def test_the_supervisor_may_die_and_the_mount_goes_on(served: Callable[..., Any]
     pid = mounted.pid
     assert mounted.run("umount", mounted.path).returncode == 0
     assert is_gone(pid)
+
+
+def test_umount_by_force_leaves_nobody_who_would_start_another(served: Callable[..., Any], tmp_path: Path) -> None:
+    mounted = served(simple(tmp_path))
+    pid = mounted.pid
+    os.kill(pid, signal.SIGSTOP)
+    done = mounted.run("umount", "--force", mounted.path)
+    assert done.returncode == 0, done.stderr
+    assert is_gone(pid)
+    mounted.wait_ended()
+    assert not mounts.find_mount(mounted.path)
 
 
 # ---- upgrades
