@@ -29,7 +29,7 @@ from cachefs.errors import CachefsError
 BATCH = 200
 _MESSAGE_BYTES = 1 << 16
 START_TIMEOUT_S = 60.0
-ACCEPT_TIMEOUT_S = 5.0
+ACCEPT_TIMEOUT_S = 2.0  # nothing is served meanwhile
 
 
 class Refused(CachefsError):
@@ -98,10 +98,10 @@ class Candidate:
         return answer
 
     def dismiss(self) -> None:
-        """It is not needed: it ends."""
-        self._end.close()
+        """It is not needed: it ends. First the process: the end of the way means to it that we have ended."""
         self._process.kill()
         self._process.wait()
+        self._end.close()
 
 
 # ---- the successor's side

@@ -522,3 +522,24 @@ def test_a_bug_in_the_background_of_a_disk_ends_the_daemon_and_then_that_disk_al
         mounted.upgrade()
         assert os.pread(vm2.fileno(), 8192, 0) == bytes(4096) + b"x" * 4096
     mounted.umount()
+
+
+@pytest.mark.parametrize("fault", ["sys.exit(5)", "os.kill(os.getpid(), signal.SIGSTOP)"], ids=["dies", "hangs"])
+def test_a_successor_that_fails_at_the_last_moment_leaves_the_daemon_serving(
+    served: Callable[..., Served], tmp_path: Path, fault: str
+) -> None:
+    line = "    def wait_go(self) -> tuple[list[tuple[str, int]], set[str]]:\n"
+    package, heal = broken_package(tmp_path, "handover.py", line, fault=f"import signal; {fault}")
+    mounted = served(simple(tmp_path), package=package)
+    pid = mounted.pid
+    with (mounted.path / "vm1").open("r+b", buffering=0) as vm1:
+        vm1.write(b"acknowledged")
+        done = mounted.run("upgrade", mounted.path)
+        assert done.returncode == 1
+        assert "the successor" in done.stderr
+        assert mounted.pid == pid
+        assert os.pread(vm1.fileno(), 12, 0) == b"acknowledged"
+        heal()
+        mounted.upgrade()
+        assert os.pread(vm1.fileno(), 12, 0) == b"acknowledged"
+    mounted.umount()
