@@ -130,7 +130,9 @@ class MountState:
     def inode(self, name: str) -> int:
         """Of disk *name*, a new one if it is not known. No inode is ever used again."""
         if name not in self._rows:
-            number = next((n for n in range(self._words[_ROWS]) if not self._row(n)[_INODE]), self._words[_ROWS])
+            number = self._words[_ROWS]
+            if number > len(self._rows):
+                number = next(n for n in range(number) if not self._row(n)[_INODE])
             if number >= DISKS:
                 raise StoreError(name, f"a mount has at most {DISKS} disks")
             row = self._row(number)

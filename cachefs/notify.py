@@ -45,7 +45,9 @@ def barrier() -> bool:
     finally:
         os.close(theirs)
     try:
-        return sent and bool(select.select([ours], [], [], BARRIER_PATIENCE_S)[0])  # it closes its end
+        end = select.poll()  # not select(), which takes no number above 1023
+        end.register(ours, 0)
+        return sent and bool(end.poll(BARRIER_PATIENCE_S * 1000))  # it closes its end
     finally:
         os.close(ours)
 

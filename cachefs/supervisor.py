@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import resource
 import select
 import signal
 import socket
@@ -186,6 +187,8 @@ def _close(descriptors: Sequence[int]) -> None:
 
 def main() -> None:
     """`[--only-first N]... ARGUMENTS`: supervise `cachefs ARGUMENTS`."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for the daemon too: each disk is some descriptors
     arguments, only_first = sys.argv[1:], []
     while arguments[:1] == ["--only-first"]:
         only_first.append(int(arguments[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import threading
 import uuid
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cachefs import notify
 from cachefs.errors import LayoutError
 from cachefs.survivor import HEAD, MAGIC, Survivors, bump_epoch, read_epoch
 
@@ -170,3 +172,16 @@ def test_the_head_is_what_its_table_says(tmp_path: Path) -> None:
     memory = Survivors().memory("map", {1}, STORE, 100, tmp_path / "epoch")
     magic, kind, layout, store, _, epoch, length = HEAD.unpack(os.pread(memory.descriptor, HEAD.size, 0))
     assert (magic, kind, layout, store, epoch, length) == (MAGIC, b"map\0\0\0\0\0", 1, STORE.bytes, 1, 100)
+
+
+def test_a_barrier_works_beyond_the_1024th_descriptor(keeper: Keeper) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(most[0], min(most[1], 4096)), most[1]))
+    held = [os.dup(0) for _ in range(1100)]
+    try:
+        assert max(held) > 1024
+        assert notify.barrier()
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
