@@ -1,7 +1,4 @@
-"""The mount outlives its daemon: killed and upgraded under load, below a supervisor and below a stand-in for PID 1.
-
-A writable NBD disk belongs into `DISKS` as soon as its unflushed writes survive.
-"""
+"""The mount outlives its daemon: killed and upgraded under load, below a supervisor and below a stand-in for PID 1."""
 
 from __future__ import annotations
 
