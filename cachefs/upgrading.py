@@ -22,6 +22,10 @@ def upgrade(mountpoint: Path) -> str:
         before = statusview.read_one(absolute)["daemon"]
     except TimeoutError:
         raise CachefsError(f"upgrade {absolute}", "its daemon does not answer; nothing was changed") from None
+    if "control" not in before:
+        raise CachefsError(
+            f"upgrade {absolute}", f"cachefs {before['version']} cannot hand over: unmount, and mount anew"
+        )
     answer = control.ask(Path(before["control"]), "upgrade", HAND_OVER_TIMEOUT_S)
     after = _wait_taken_over(absolute, answer["pid"])
     return (
