@@ -314,23 +314,23 @@ class Sieve(Policy):
 
     def victims(self, count: int, is_pinned: Callable[[int], bool]) -> list[int]:
         found: list[int] = []
-        kept = 0  # steps in a row without a victim
+        kept = 0  # steps in a row that left their queue as long as it was
         for _ in range(STEPS_PER_CALL + STEPS_PER_VICTIM * count):
             if len(found) == count:
                 break
-            main = len(self._ahead) + len(self._behind)
-            from_ring = len(self._ring) * RING_SHARE > self.capacity
-            if kept > 2 * (len(self._ring) if from_ring else main):  # all pinned there, or it is empty
+            main, ring = len(self._ahead) + len(self._behind), len(self._ring)
+            from_ring = ring * RING_SHARE > self.capacity
+            if kept > 2 * (ring if from_ring else main):  # all pinned there, or it is empty
                 from_ring = not from_ring
-            if not (self._ring if from_ring else main):
+            if not (ring if from_ring else main):
                 from_ring = not from_ring
-            if not (self._ring if from_ring else main):
+            if not (ring if from_ring else main):
                 break
             key = self._step_ring(is_pinned) if from_ring else self._step_main(is_pinned)
-            kept += 1
             if key >= 0:
                 found.append(key)
-                kept = 0
+            is_shorter = len(self._ring) < ring if from_ring else len(self._ahead) + len(self._behind) < main
+            kept = 0 if is_shorter else kept + 1
         return found
 
     def _step_main(self, is_pinned: Callable[[int], bool]) -> int:

@@ -137,6 +137,17 @@ def test_block_of_the_ring_that_another_run_touches_moves_to_the_main_queue() ->
     cache.policy.check()
 
 
+def test_ring_of_touched_blocks_is_searched_to_its_end_before_the_main_queue_loses_one() -> None:
+    sieve = Sieve(60)
+    image = sieve.add_image(200)
+    for block in range(36):
+        sieve.insert(block)
+    for block in range(100, 124):
+        sieve.insert(block, 1, sequential=True)
+    image.touch(100, 118, 2)  # all but the last six
+    assert sieve.victims(1, lambda key: False) == [118]
+
+
 def test_new_blocks_are_on_probation_when_the_pool_is_full() -> None:
     cache = filled()
     cache.read(range(1000, 3000), run=2)
