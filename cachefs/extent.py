@@ -69,3 +69,12 @@ def merge_extents(extents: Iterable[Extent]) -> list[Extent]:
         else:
             merged.append(extent)
     return merged
+
+
+def clip_extents(extents: Iterable[Extent], start: int, end: int) -> list[Extent]:
+    """The parts of *extents* from *start* to before *end*."""
+    return [
+        Extent(max(one.offset, start), min(one.end, end) - max(one.offset, start), one.kind)
+        for one in extents
+        if one.end > start and one.offset < end
+    ]

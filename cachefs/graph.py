@@ -1,6 +1,7 @@
 """From the configuration to open stacks: the only place that knows the order of layers.
 
-Every layer and backend gets a `checked` edge above it, and an `align` above that where it takes only aligned requests.
+Every layer and backend gets a `checked` edge above it, and an `align` above that where it takes only aligned requests and
+the layer above does not see to that.
 An image is opened once, read-only, and shared by all disks that name it.
 """
 
@@ -26,14 +27,18 @@ from cachefs.units import format_size, short_size
 
 def edge(layer: Layer) -> Layer:
     """*layer* as the one above it sees it: checked, and taking any byte range."""
-    checked = Checked(layer)
-    return checked if layer.geometry.alignment == 1 else Checked(Align(checked))
+    return aligned(Checked(layer))
+
+
+def aligned(checked: Layer) -> Layer:
+    """*checked*, taking any byte range."""
+    return checked if checked.geometry.alignment == 1 else Checked(Align(checked))
 
 
 async def open_stack(
     stack: AsyncExitStack, layers: tuple[LayerSpec, ...], bottom: LayerSpec | Layer, env: Environment
 ) -> Layer:
-    """Open *layers* (top to bottom) over *bottom*, a backend to open or an open layer; *stack* closes them.
+    """Open *layers* (top to bottom) over *bottom*, a backend to open or an open, checked layer; *stack* closes them.
 
     Raises: StoreError and its kinds.
     """
@@ -41,15 +46,16 @@ async def open_stack(
         # Below any layer that keeps the writes, or refuses them, the backend stays as it is.
         backend_env = replace(env, writable=env.writable and all(spec.options.passes_writes for spec in layers))
         backend = cast("OpenBackend", BACKENDS[bottom.kind])
-        child = edge(await stack.enter_async_context(backend.open(bottom.options, backend_env)))
+        child: Layer = Checked(await stack.enter_async_context(backend.open(bottom.options, backend_env)))
     else:
         child = bottom
     used = [spec.options.pool for spec in layers if isinstance(spec.options, CacheConfig)]
     env = replace(env, pool=env.pools[used[0]] if used else None)
     for spec in reversed(layers):
         layer = cast("OpenLayer", LAYERS[spec.kind])
-        child = edge(await stack.enter_async_context(layer.open(spec.options, child, env)))
-    return child
+        below = child if spec.options.aligns else aligned(child)
+        child = Checked(await stack.enter_async_context(layer.open(spec.options, below, env)))
+    return aligned(child)
 
 
 def refuse_inside(mountpoint: Path | None, state_dir: Path, *specs: LayerSpec | PoolSpec) -> None:

@@ -10,7 +10,7 @@ them). Lock order: one range here, then the child's own.
 
 from __future__ import annotations
 
-from cachefs.extent import Extent
+from cachefs.extent import Extent, clip_extents
 from cachefs.layers.base import Done, Geometry, Later, Layer, Statistics
 from cachefs.rangelock import RangeLocks
 from cachefs.units import align_down, align_up, split_aligned
@@ -132,11 +132,7 @@ class Align:
         while start <= offset:  # a prefix that ends before what was asked for says nothing
             found = await self.child.extents(start, end - start, limit)
             start = found[-1].end
-        return [
-            Extent(max(e.offset, offset), min(e.end, offset + length) - max(e.offset, offset), e.kind)
-            for e in found
-            if e.end > offset and e.offset < offset + length
-        ]
+        return clip_extents(found, offset, offset + length)
 
     async def prefetch(self, offset: int, length: int) -> None:
         start = align_down(offset, self._unit)

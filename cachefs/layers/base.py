@@ -74,6 +74,11 @@ class Options(pydantic.BaseModel):
         """Whether a layer with these options hands writes to its child, instead of keeping or refusing them."""
         return False
 
+    @property
+    def aligns(self) -> bool:
+        """Whether a layer with these options sends its child only aligned requests, whatever it gets itself."""
+        return False
+
 
 class Caps(enum.Flag):
     """What a layer does itself. What is missing is emulated by the edge above it (`checked`) or refused."""
