@@ -23,10 +23,11 @@ from cachefs.backends.memory import CHUNK, Memory, MemoryConfig
 from cachefs.backends.nbd import Nbd, NbdConfig
 from cachefs.backends.qcow2 import Qcow2, Qcow2Config
 from cachefs.config import LayerSpec, load
-from cachefs.graph import edge, open_stack
+from cachefs.graph import open_stack
 from cachefs.layers.base import Environment, Layer
 from cachefs.layers.cache import Cache, CacheConfig
 from cachefs.layers.checked import Checked
+from cachefs.layers.coalesce import Coalesce, CoalesceConfig
 from cachefs.layers.cow import Cow, CowConfig
 from cachefs.layers.extents import ExtentsConfig
 from cachefs.pool.pool import open_pool
@@ -83,6 +84,7 @@ class Stack:
     cow: Cow | None
     file: FileGate | None
     cache: Cache | None
+    coalesce: Coalesce | None
     outside: Callable[[], bytes | None]
 
 
@@ -132,16 +134,17 @@ class Bench:
             backend = await self._open_backend(stack, env)
             wrapped = between(Checked(backend)) if between is not None else Checked(backend)
             gate = Gate(SlowOnly(wrapped) if case.slow else wrapped)
-            top = await open_stack(stack, case.layers, edge(gate), env)
+            top = await open_stack(stack, case.layers, Checked(gate), env)
             cow = next((layer for layer in layers_of(top) if isinstance(layer, Cow)), None)
             cache = next((layer for layer in layers_of(top) if isinstance(layer, Cache)), None)
+            coalesce = next((layer for layer in layers_of(top) if isinstance(layer, Coalesce)), None)
             file = None
             if cow is not None:
                 file = FileGate(cow.store.data, cow.store.rounds, forbid_inline=case.slow)
             elif isinstance(backend, File):
                 file = FileGate(backend._file, backend._rounds, forbid_inline=case.slow)
             found = SlowOnly(top) if case.slow else top
-            yield Stack(found, gate, backend, cow, file, cache, functools.partial(self._outside, cow))
+            yield Stack(found, gate, backend, cow, file, cache, coalesce, functools.partial(self._outside, cow))
 
     async def _open_backend(self, stack: AsyncExitStack, env: Environment) -> Layer:
         if self.case.backend == "memory":
@@ -244,6 +247,11 @@ def extents_layer(**options: object) -> tuple[LayerSpec, ...]:
     return (LayerSpec("extents", ExtentsConfig.model_validate(options), "layers[0].extents"),)
 
 
+def coalesce_layer(**options: object) -> tuple[LayerSpec, ...]:
+    """A coalescer with *options*, as in YAML."""
+    return (LayerSpec("coalesce", CoalesceConfig.model_validate(options), "layers[0].coalesce"),)
+
+
 SMALL_QUOTA = 160 << 10  # room for a few blocks of 4 KiB: it evicts all the time
 
 
@@ -277,6 +285,11 @@ def _own_cases(size: int) -> Iterator[Case]:
     yield Case("cow-extents-nbd", size, cow_layer() + extents_layer(), backend="nbd")
     yield Case("cow-cache-extents", size, cow_layer() + cache_layer() + extents_layer(), block_size=4096)
     yield Case("cache-through-extents", size, cache_layer("write-through") + extents_layer(), backend="file")
+    yield Case("coalesce", size, coalesce_layer(cluster="64KiB", buffer="512KiB"))
+    yield Case("coalesce-small", size, coalesce_layer(cluster="64KiB", buffer="320KiB"), alignment=512)
+    yield Case("coalesce-large", size, coalesce_layer(cluster="4MiB", buffer="20MiB"), alignment=4096)
+    yield Case("coalesce-nbd", size, coalesce_layer(cluster="64KiB", buffer="1MiB"), backend="nbd")
+    yield Case("coalesce-cow", size, coalesce_layer() + cow_layer(block_size="64KiB"))
     yield Case("cow-on-disk", size, cow_layer(), backend="file", on_disk=True)
 
 

@@ -15,10 +15,11 @@ import xxhash
 
 from cachefs import mountstate, survivor
 from cachefs.extent import Extent, ExtentKind
+from cachefs.layers import coalesce
 from cachefs.nbd import unflushed
 from cachefs.pool import holes, pool, summap
 from cachefs.pool.pool import POOL_IMAGE
-from cachefs.store import blockmap, files, sectors
+from cachefs.store import blockmap, clusters, files, sectors
 from cachefs.store.identity import Identity
 
 FORMATS = Path(__file__).parents[2] / "docs" / "formats"
@@ -295,3 +296,24 @@ def test_memory_of_a_mount_is_as_described() -> None:
     assert "being opened" in columns[mountstate._OPENING]
     assert "in tasks" in columns[mountstate._WAITING]
     assert rows[-1][:2] == (mountstate._NAME_AT, mountstate._NAME_SIZE)
+
+
+def test_memory_of_a_coalescer_is_as_described() -> None:
+    text = (FORMATS / "survivor.md").read_text()
+    section = text.split(f"## Body of `coalesce`, layout {coalesce.LAYOUT}\n", 1)[1].split("\n## ", 1)[0]
+    size, slots = 64 << 10, 130  # more than a page of slots
+    body = bytearray(clusters.body_size(size, slots))
+    these = clusters.Clusters(memoryview(body), 1 << 40, size, slots)
+    these.put(7 * size + 9, b"\x11" * 3)
+    assert struct.unpack_from("<QQ", body) == (size, slots)
+    bits_at = 4096 + -(-32 * slots // 4096) * 4096
+    assert "*B* is 4096 + 32 *S* in whole pages" in section
+    data_at = bits_at + slots * size // 8
+    assert len(body) == data_at + slots * size
+    assert struct.unpack_from("<B7xQQQ", body, 4096) == (1, 1, 7, 0)
+    assert body[bits_at : bits_at + 3] == bytes((0, 0b1110, 0))
+    assert body[data_at + 8 : data_at + 13] == b"\0\x11\x11\x11\0"
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (.*) \|$", section.split("A slot:\n", 1)[1], re.MULTILINE)
+    assert [(int(offset), int(length)) for offset, length, _ in rows] == [(0, 1), (1, 7), (8, 8), (16, 8), (24, 8)]
+    these.complete(these.freeze(7) or pytest.fail("nothing is there"))
+    assert body[4096] == 0
