@@ -1,4 +1,4 @@
-"""file: a raw image or a block device on this machine, through the page cache.
+"""file: a raw image or a block device on this machine, through the page cache or past it.
 
 Read-only below an overlay, writable as a disk of its own. Carries QEMU's image locks, so that a VM or qemu-img does not
 open what is served here for writing, and the other way round.
@@ -25,6 +25,7 @@ import trio
 from cachefs.errors import BackendError, StoreError, from_os_error
 from cachefs.extent import Extent, ExtentKind
 from cachefs.layers.base import ALL_CAPS, Caps, Done, Environment, Geometry, Later, Options, Statistics
+from cachefs.store.directfile import DirectFile, ask_alignment
 from cachefs.store.failedflag import FailedFlag
 from cachefs.store.identity import Identity, identity_of_device, identity_of_file
 from cachefs.store.imagelock import lock_image
@@ -42,10 +43,12 @@ _ZEROS = memoryview(bytes(1 << 20))
 class FileConfig(Options):
     path: LocalPath
     """The raw image or block device. It must exist: `truncate -s 20G disk.raw` makes an empty one."""
+    direct: bool = False
+    """Bypass the page cache (O_DIRECT): memory belongs to the guests. Small writes then want a coalesce layer above."""
 
 
 class File:
-    """An open image; `File.open` makes it. Takes any byte range."""
+    """An open image; `File.open` makes it. Takes any byte range, with O_DIRECT aligned ones."""
 
     Config = FileConfig
 
@@ -62,12 +65,13 @@ class File:
         witness: int | None = None,
     ) -> None:
         self.name = name
-        self.geometry = Geometry(file.size)
+        self.geometry = Geometry(file.size, file.alignment, max(4096, file.alignment))
         self.caps = ALL_CAPS if writable else Caps.FLUSH | Caps.EXTENTS
         self.identity = identity
         self._path = path
         self._file = file
         self._is_device = device
+        self._is_direct = isinstance(file, DirectFile)
         self._can_punch = self._can_zero_range = True
         self._flag = flag
         self.try_read_into = file.try_read
@@ -81,7 +85,7 @@ class File:
     async def open(cls, config: FileConfig, env: Environment) -> AsyncIterator[File]:
         """Raises: StoreError when the path is missing, no image, empty, or held by somebody else."""
         name = f"{env.owner}/file"
-        opened = await trio.to_thread.run_sync(_open_now, name, str(config.path), env.writable, env.survivors)
+        opened = await trio.to_thread.run_sync(_open_now, name, config, env.writable, env.survivors)
         file, identity, is_device, kept = opened
         flag = FailedFlag(env.state_dir, env.owner, name)
         backend = cls(
@@ -218,6 +222,8 @@ class File:
         return Extent(offset, length, ExtentKind.DATA) if self._is_device else None
 
     async def prefetch(self, offset: int, length: int) -> None:
+        if self._is_direct:
+            return
         await self._file.run(os.posix_fadvise, self._file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def allocated_bytes(self) -> int:
@@ -257,9 +263,10 @@ class _Kept:
 
 
 def _open_now(
-    name: str, path: str, writable: bool, survivors: Survivors
+    name: str, config: FileConfig, writable: bool, survivors: Survivors
 ) -> tuple[LocalFile, Identity, bool, _Kept | None]:
     """The open file, what it is known by, whether it is a block device; and what is kept of one that is writable."""
+    path = str(config.path)
     kept: _Kept | None = None
     try:
         mode = os.stat(path).st_mode  # before the open: to open a pipe would wait for its other end
@@ -277,12 +284,30 @@ def _open_now(
             raise StoreError(name, f"{path} is empty, and a disk cannot be: `truncate -s 20G {path}` gives it a size")
         lock_image(descriptor, f"{name}: {path}", writable=writable)
         identity = identity_of_device(descriptor, size) if is_device else identity_of_file(descriptor)
+        file = _open_direct(name, path, descriptor, size, writable) if config.direct else LocalFile(descriptor, size)
         if kept is not None:
             kept.keep()
-        return LocalFile(descriptor, size), identity, is_device, kept
+        return file, identity, is_device, kept
     except BaseException:
         if kept is None:
             os.close(descriptor)
         else:
             kept.give_back()
+        raise
+
+
+def _open_direct(name: str, path: str, buffered: int, size: int, writable: bool) -> DirectFile:
+    """The file of *buffered*, which becomes the result's, once more with O_DIRECT."""
+    advice = "take `direct: true` out, or move the file to a file system that has it, such as ext4 or xfs"
+    try:
+        descriptor = os.open(f"/proc/self/fd/{buffered}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_DIRECT)
+    except OSError as exc:
+        raise StoreError(name, f"cannot open {path} with O_DIRECT: {exc.strerror}; {advice}") from exc
+    try:
+        alignment = ask_alignment(descriptor)
+        if alignment is None:
+            raise StoreError(name, f"the file system of {path} has no direct I/O; {advice}")
+        return DirectFile(descriptor, buffered, size, alignment)
+    except BaseException:
+        os.close(descriptor)
         raise

@@ -113,6 +113,7 @@ class LocalFile:
     def __init__(self, descriptor: int, size: int, *, inline_writes: bool = True) -> None:
         self.descriptor = descriptor
         self.size = size
+        self.alignment = 1  # of offsets and lengths, in bytes
         self.file_system = FileSystem.of(descriptor)
         self._read_flags: int | None = self._probe_reads()
         # Whether writes know NOWAIT cannot be asked without writing; the first one tells.

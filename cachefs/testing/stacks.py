@@ -63,6 +63,8 @@ class Case:
     slow: bool = False
     keeps: bool = True
     writable: bool = True
+    direct: bool = False
+    """The file of a file backend bypasses the page cache."""
     on_disk: bool = False
     """In a folder on a real disk instead of tmpfs."""
     quota: int = 64 << 20
@@ -155,7 +157,7 @@ class Bench:
             return await stack.enter_async_context(Nbd.open(NbdConfig(uri=uri), env))
         if self.case.backend == "qcow2":
             return await stack.enter_async_context(Qcow2.open(Qcow2Config(path=self.image), env))
-        return await stack.enter_async_context(File.open(FileConfig(path=self.image), env))
+        return await stack.enter_async_context(File.open(FileConfig(path=self.image, direct=self.case.direct), env))
 
     def _outside(self, cow: Cow | None) -> bytes | None:
         """The disk, read past all layers; call it after a flush. None where nothing durable is kept to look at."""
@@ -290,6 +292,8 @@ def _own_cases(size: int) -> Iterator[Case]:
     yield Case("coalesce-large", size, coalesce_layer(cluster="4MiB", buffer="20MiB"), alignment=4096)
     yield Case("coalesce-nbd", size, coalesce_layer(cluster="64KiB", buffer="1MiB"), backend="nbd")
     yield Case("coalesce-cow", size, coalesce_layer() + cow_layer(block_size="64KiB"))
+    yield Case("direct", size, backend="file", direct=True, on_disk=True)
+    yield Case("coalesce-direct", size, coalesce_layer(cluster="64KiB"), backend="file", direct=True, on_disk=True)
     yield Case("cow-on-disk", size, cow_layer(), backend="file", on_disk=True)
 
 
@@ -304,7 +308,17 @@ def _example_cases(config: Path, size: int) -> Iterator[Case]:
         layers = tuple(_moved(spec) for spec in (*disk.layers, *(image.layers if image else ())))
         alignment = backend.options.alignment if isinstance(backend.options, MemoryConfig) else 1
         keeps = not any(isinstance(spec.options, CowConfig) and spec.options.ephemeral for spec in layers)
-        case = Case(f"example-{disk.name}", size, layers, backend.kind, alignment, keeps=keeps, writable=disk.writable)
+        direct = isinstance(backend.options, FileConfig) and backend.options.direct
+        case = Case(
+            f"example-{disk.name}",
+            size,
+            layers,
+            backend.kind,
+            alignment,
+            keeps=keeps,
+            writable=disk.writable,
+            direct=direct,
+        )
         if not any(replace(case, name=other.name) == other for other in seen):  # two disks may have the same stack
             seen.append(case)
             yield case

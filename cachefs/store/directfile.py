@@ -1,0 +1,164 @@
+"""Reading and writing a file with O_DIRECT: past the page cache, whole units at a time, from aligned memory.
+
+Always in a thread. What the caller hands over goes to the kernel as it is where its address is aligned, as the buffers of FUSE
+requests and of `coalesce` are; anything else is copied through aligned memory of a pool. The caller keeps to the alignment of
+offsets and lengths. Where the size of a file is no multiple of it, the last bytes go through the page cache, which the
+kernel keeps in agreement with direct I/O, and a sync covers them.
+
+Sources: open(2) O_DIRECT, statx(2) STATX_DIOALIGN, linux/stat.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cachefs.store.localfile import THREADS_PER_FILE_SYSTEM, LocalFile
+from cachefs.units import align_down
+
+MEMORY = 1 << 20  # bytes of one piece of aligned memory
+_STATX_DIOALIGN = 0x2000
+_AT_EMPTY_PATH = 0x1000
+_MASK = struct.Struct("<I")
+_DIOALIGN = struct.Struct("<II")  # at 0x98 of struct statx: of memory, of offset and length
+_PROBED = (512, 4096)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Alignment(NamedTuple):
+    """Bytes, powers of two."""
+
+    memory: int
+    offset: int
+
+
+def ask_alignment(descriptor: int) -> Alignment | None:
+    """What direct I/O on *descriptor*, opened with O_DIRECT, must keep to; None where there is none. Blocks."""
+    statx = bytearray(256)
+    memory = (ctypes.c_char * len(statx)).from_buffer(statx)
+    if _libc.statx(descriptor, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, memory) == 0:
+        (mask,) = _MASK.unpack_from(statx)
+        if mask & _STATX_DIOALIGN:
+            found = Alignment(*_DIOALIGN.unpack_from(statx, 0x98))
+            return Alignment(found.memory, max(512, found.offset)) if found.offset else None
+    return _probe_alignment(descriptor)  # before Linux 6.1, and file systems that do not say
+
+
+def _probe_alignment(descriptor: int) -> Alignment | None:
+    """The smallest unit in which it can be read, at an odd multiple of it."""
+    with mmap.mmap(-1, 4096) as memory:
+        for unit in _PROBED:
+            try:
+                with memoryview(memory)[:unit] as view:
+                    os.preadv(descriptor, (view,), unit)
+            except OSError:
+                continue
+            return Alignment(unit, unit)
+    return None
+
+
+class _Pool:
+    """Pieces of MEMORY bytes that begin on a page; as many are kept as there are threads. Any thread.
+
+    Shared maps: a process that is started while the device writes into a private one could get the page, and we a copy.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return memoryview(mmap.mmap(-1, MEMORY))
+
+    def give_back(self, memory: memoryview) -> None:
+        if len(self._free) < THREADS_PER_FILE_SYSTEM:
+            self._free.append(memory)
+
+
+_pool = _Pool()
+
+
+class DirectFile(LocalFile):
+    """*descriptor* was opened with O_DIRECT, *buffered* without, both of one file of *size* bytes. Owns both."""
+
+    def __init__(self, descriptor: int, buffered: int, size: int, alignment: Alignment) -> None:
+        super().__init__(descriptor, size)
+        self.alignment = alignment.offset
+        self._memory_mask = alignment.memory - 1
+        self._buffered = buffered
+        self._direct_end = align_down(size, alignment.offset)
+
+    def close(self) -> None:
+        super().close()
+        buffered, self._buffered = self._buffered, -1
+        os.close(buffered)
+
+    def _probe_reads(self) -> int | None:
+        return None  # nothing runs on the loop
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        return False
+
+    def read_now(self, offset: int, buffer: memoryview) -> None:
+        """Fill *buffer*; zeros beyond the end of the file."""
+        direct = min(len(buffer), max(0, self._direct_end - offset))
+        for at, part in _parts(buffer[:direct]):
+            if self._is_aligned(part):
+                self._read_direct(offset + at, part)
+                continue
+            memory = _pool.take()
+            self._read_direct(offset + at, memory[: len(part)])
+            part[:] = memory[: len(part)]
+            _pool.give_back(memory)
+        if direct < len(buffer):
+            count = os.preadv(self._buffered, (buffer[direct:],), offset + direct)
+            buffer[direct + count :] = bytes(len(buffer) - direct - count)
+
+    def _read_direct(self, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self.descriptor, (buffer[done:],), offset + done)
+            done += count
+            if not count or count % self.alignment:  # the end of a file that was cut short
+                buffer[done:] = bytes(len(buffer) - done)
+                return
+
+    def write_now(self, offset: int, pieces: Sequence[memoryview | bytes]) -> None:
+        """Write *pieces* one behind the other, all or raise."""
+        data = memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        direct = min(len(data), max(0, self._direct_end - offset))
+        for at, part in _parts(data[:direct]):
+            if self._is_aligned(part):
+                self._write_direct(offset + at, part)
+                continue
+            memory = _pool.take()
+            memory[: len(part)] = part
+            self._write_direct(offset + at, memory[: len(part)])
+            _pool.give_back(memory)
+        while direct < len(data):
+            direct += os.pwritev(self._buffered, (data[direct:],), offset + direct)
+
+    def _write_direct(self, offset: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            count = align_down(os.pwritev(self.descriptor, (data[done:],), offset + done), self.alignment)
+            if not count:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            done += count
+
+    def _is_aligned(self, view: memoryview) -> bool:
+        """Whether the kernel takes its address. Of read-only memory nobody can say."""
+        return not view.readonly and not ctypes.addressof(ctypes.c_char.from_buffer(view)) & self._memory_mask
+
+
+def _parts(view: memoryview) -> list[tuple[int, memoryview]]:
+    """*view* in pieces of MEMORY bytes, with where they begin."""
+    return [(at, view[at : at + MEMORY]) for at in range(0, len(view), MEMORY)]

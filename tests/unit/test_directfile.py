@@ -1,0 +1,152 @@
+"""Direct files: what reaches the descriptor is aligned in offset, length and address, whatever the stack above is asked for."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from cachefs.backends.file import File, FileConfig
+from cachefs.errors import StoreError
+from cachefs.layers.base import Environment
+from cachefs.store import directfile
+from cachefs.store.directfile import Alignment, DirectFile, ask_alignment
+from cachefs.testing.model import Extents, Flush, Model, Read, Trim, Write, Zero, assert_same, read_all, run_one
+from cachefs.testing.stacks import EVEN_SIZE, ODD_SIZE, Bench, Case, coalesce_layer, layers_of
+from cachefs.testing.strategies import patterns
+
+UNALIGNED = [
+    Write(3000, patterns(1, 3000)),
+    Write(100000, patterns(2, 20000)),
+    Read(1, 70000),
+    Trim(5000, 9000),
+    Zero(90000, 20001),
+    Write(ODD_SIZE - 3, patterns(3, 3)),
+    Read(ODD_SIZE - 600, 600),
+    Extents(1000, 100000),
+    Flush(),
+    Trim(ODD_SIZE - 5000, 5000),
+    Write(65536, patterns(4, 32768)),
+    Read(0, ODD_SIZE),
+]
+
+
+@contextmanager
+def only_aligned(file: DirectFile) -> Iterator[list[str]]:
+    """Fails every call on the descriptor that is not aligned; what was called is listed."""
+    called: list[str] = []
+
+    def check(name: str, real: Callable[..., int], descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if descriptor == file.descriptor:
+            called.append(name)
+            for buffer in buffers:
+                assert not buffer.readonly, "from memory whose address nobody knows"
+                address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+                wrong = [one for one in (offset, len(buffer), address) if one % file.alignment]
+                assert not wrong, f"{name} at {offset}+{len(buffer)}, address {address:#x}"
+        return real(descriptor, buffers, offset, flags)
+
+    with ExitStack() as stack:
+        for name in ("preadv", "pwritev"):
+            real = getattr(os, name)
+            instead = lambda *arguments, name=name, real=real: check(name, real, *arguments)  # noqa: E731
+            stack.enter_context(mock.patch.object(os, name, instead))
+        yield called
+
+
+@pytest.mark.parametrize("layers", [(), coalesce_layer(cluster="64KiB", buffer="360KiB")], ids=["align", "coalesce"])
+@pytest.mark.parametrize("size", [ODD_SIZE, EVEN_SIZE])
+async def test_everything_that_reaches_the_descriptor_is_aligned(tmp_path: Path, layers: Any, size: int) -> None:
+    bench = Bench(Case("direct", size, layers, backend="file", direct=True), tmp_path / "bench")
+    model = Model(bench.content)
+    async with bench.open() as stack:
+        file = next(layer for layer in layers_of(stack.backend) if isinstance(layer, File))._file
+        assert isinstance(file, DirectFile)
+        with only_aligned(file) as called:
+            for op in UNALIGNED:
+                await run_one(stack.top, op, model)
+            assert_same(await read_all(stack.top), model.content, 0)
+            await stack.top.flush()
+        assert {"preadv", "pwritev"} <= set(called)
+        assert stack.outside() == model.content
+    assert bench.image.stat().st_size == size
+
+
+async def test_the_watch_itself_notices_what_is_not_aligned(tmp_path: Path) -> None:
+    bench = Bench(Case("direct", EVEN_SIZE, backend="file", direct=True), tmp_path / "bench")
+    async with bench.open() as stack:
+        file = next(layer for layer in layers_of(stack.backend) if isinstance(layer, File))._file
+        assert isinstance(file, DirectFile)
+        with only_aligned(file), mock.patch.object(DirectFile, "_is_aligned", return_value=True):
+            memory = memoryview(mmap.mmap(-1, 8192))[1:4097]
+            with pytest.raises(AssertionError, match="address"):
+                file.write_now(0, [memory])
+
+
+def test_what_is_probed_agrees_with_what_the_kernel_says(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(1 << 20))
+    descriptor = os.open(path, os.O_RDWR | os.O_DIRECT)
+    try:
+        said = ask_alignment(descriptor)
+        probed = directfile._probe_alignment(descriptor)
+    finally:
+        os.close(descriptor)
+    assert said is not None
+    assert probed is not None
+    assert probed.offset == said.offset
+    assert probed.memory % said.memory == 0
+
+
+def test_a_file_without_direct_io_is_probed_in_vain(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(8192))
+    descriptor = os.open(tmp_path / "image", os.O_RDONLY)
+    try:
+        with mock.patch.object(os, "preadv", side_effect=OSError(22, "Invalid argument")):
+            assert directfile._probe_alignment(descriptor) is None
+    finally:
+        os.close(descriptor)
+
+
+async def test_a_file_system_without_direct_io_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(8192))
+    config = FileConfig(path=tmp_path / "image", direct=True)
+    nothing = mock.patch("cachefs.backends.file.ask_alignment", return_value=None)
+    with nothing, pytest.raises(StoreError, match="no direct I/O; take `direct: true` out"):
+        async with File.open(config, Environment("vm1", tmp_path)):
+            pass
+    real = os.open
+
+    def open_without_direct(path: Any, flags: int, *arguments: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(path, flags, *arguments)
+
+    with mock.patch.object(os, "open", open_without_direct), pytest.raises(StoreError, match="with O_DIRECT: Invalid"):
+        async with File.open(config, Environment("vm1", tmp_path)):
+            pass
+
+
+def test_short_writes_go_on_at_a_unit(tmp_path: Path) -> None:
+    """The kernel may stop in the middle of a unit."""
+    path = tmp_path / "image"
+    path.write_bytes(bytes(16384))
+    file = DirectFile(os.open(path, os.O_RDWR | os.O_DIRECT), os.open(path, os.O_RDWR), 16384, Alignment(512, 512))
+    real = os.pwritev
+
+    def stop_early(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        real(descriptor, buffers, offset, flags)
+        return min(len(buffers[0]), 700)
+
+    data = patterns(7, 8192)
+    with mock.patch.object(os, "pwritev", stop_early):
+        file.write_now(4096, [data[:100], data[100:]])
+    assert path.read_bytes()[4096:12288] == data
+    file.close()
