@@ -387,8 +387,8 @@ class Coalesce:
         await self._clear(offset, length, self.child.zero)
 
     async def _clear(self, offset: int, length: int, below: Callable[[int, int], Awaitable[None]]) -> None:
-        """Whole units are cleared below, the edges are writes of zeros."""
-        head, body, tail = split_aligned(offset, length, self._alignment)
+        """Whole units are cleared below, the edges are writes of zeros: no sector gets a trim before what it had already."""
+        head, body, tail = split_aligned(offset, length, self._unit)
         if tail.length and tail.end == self._size:  # the disk's last unit, whole
             body, tail = body._replace(length=body.length + tail.length), tail._replace(length=0)
         for edge in (head, tail):
