@@ -199,15 +199,14 @@ class Coalesce:
 
     def _put(self, offset: int, data: memoryview | bytes) -> None:
         """There is room."""
-        finished = self.clusters.put(offset, data)
+        begun, finished = self.clusters.put(offset, data)
         self._bytes_in += len(data)
-        for cluster in self.clusters.span(offset, len(data)):
-            if cluster not in self._due:
-                self._set_due(cluster, self._max_delay)
-        for slot in finished:
-            self._ask(slot.cluster)
+        for cluster in begun:
+            self._set_due(cluster, self._max_delay)
+        for cluster in finished:
+            self._ask(cluster)
         excess = len(self.clusters.open) - len(self._queued) - self._most_open
-        if excess > 0:
+        if begun and excess > 0:
             self._ask_oldest(excess)
 
     def _ask_oldest(self, count: int) -> None:
@@ -426,9 +425,9 @@ class Coalesce:
         if cluster not in self.clusters.open:
             self._errors.pop(cluster, None)
             self._retry_s.pop(cluster, None)
-        elif self.clusters.open[cluster].is_full:
-            self._ask(cluster)
-        elif cluster not in self._due:
+        else:
+            if self.clusters.open[cluster].is_full:
+                self._ask(cluster)
             self._set_due(cluster, self._max_delay)
 
     async def extents(self, offset: int, length: int, limit: int = 1024) -> list[Extent]:

@@ -223,20 +223,25 @@ class Clusters:
 
     # ---- changing
 
-    def put(self, offset: int, data: memoryview | bytes) -> list[Slot]:
-        """Take *data* in; there must be room for it. The slots that are full now and were not before."""
-        finished = []
+    def put(self, offset: int, data: memoryview | bytes) -> tuple[list[int], list[int]]:
+        """Take *data* in; there must be room for it. The clusters that were begun by it, and those that are full now and
+        were not before.
+        """
+        begun, finished = [], []
         end = offset + len(data)
         for cluster in self.span(offset, len(data)):
-            start, stop = self.within(cluster, offset, end)
-            slot = self.open.pop(cluster, None) or self._take(cluster)
+            base = cluster << self._shift
+            start, stop = max(offset, base), min(end, base + self.cluster_size)
+            slot = self.open.pop(cluster, None)
+            if slot is None:
+                slot = self._take(cluster)
+                begun.append(cluster)
             self.open[cluster] = slot  # as the last one
-            was_full = slot.is_full
-            at = (cluster << self._shift) + start - offset
-            slot.put(start, data[at : at + stop - start])
-            if slot.is_full and not was_full:
-                finished.append(slot)
-        return finished
+            was_full = slot.filled == slot.length
+            slot.put(start - base, data[start - offset : stop - offset])
+            if not was_full and slot.filled == slot.length:
+                finished.append(cluster)
+        return begun, finished
 
     def _take(self, cluster: int) -> Slot:
         number = self._free.pop()
