@@ -1,9 +1,9 @@
 """Reading and writing a file with O_DIRECT: past the page cache, whole units at a time, from aligned memory.
 
-Always in a thread. What the caller hands over goes to the kernel as it is where its address is aligned, as the buffers of FUSE
-requests and of `coalesce` are; anything else is copied through aligned memory of a pool. The caller keeps to the alignment of
-offsets and lengths. Where the size of a file is no multiple of it, the last bytes go through the page cache, which the
-kernel keeps in agreement with direct I/O, and a sync covers them.
+Always in one of a few threads of the file (`cachefs.store.workers`). What the caller hands over goes to the kernel as it is
+where its address is aligned, as the buffers of FUSE requests and of `coalesce` are; anything else is copied through
+aligned memory of a pool. The caller keeps to the alignment of offsets and lengths. Where the size of a file is no multiple of
+it, the last bytes go through the page cache, which the kernel keeps in agreement with direct I/O, and a sync covers them.
 
 Sources: open(2) O_DIRECT, statx(2) STATX_DIOALIGN, linux/stat.h.
 """
@@ -15,11 +15,14 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 from cachefs.store.localfile import THREADS_PER_FILE_SYSTEM, LocalFile
+from cachefs.store.workers import Workers
 from cachefs.units import align_down
+
+T = TypeVar("T")
 
 MEMORY = 1 << 20  # bytes of one piece of aligned memory
 _STATX_DIOALIGN = 0x2000
@@ -95,8 +98,13 @@ class DirectFile(LocalFile):
         self._memory_mask = alignment.memory - 1
         self._buffered = buffered
         self._direct_end = align_down(size, alignment.offset)
+        self._workers = Workers("direct I/O", self.file_system.limiter)
+
+    async def run(self, call: Callable[..., T], *arguments: object) -> T:
+        return await self._workers.run(call, *arguments)
 
     def close(self) -> None:
+        self._workers.close()
         super().close()
         buffered, self._buffered = self._buffered, -1
         os.close(buffered)
