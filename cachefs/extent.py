@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -78,3 +78,24 @@ def clip_extents(extents: Iterable[Extent], start: int, end: int) -> list[Extent
         for one in extents
         if one.end > start and one.offset < end
     ]
+
+
+def with_data(extents: Iterable[Extent], held: Sequence[tuple[int, int]]) -> list[Extent]:
+    """*extents* with the ranges *held* (half-open, in order, they may overlap) as data; it ends where *extents* does."""
+    found: list[Extent] = []
+    waiting = list(reversed(held))
+    for extent in extents:
+        at = extent.offset
+        while waiting and waiting[-1][0] < extent.end:
+            first, last = max(at, waiting[-1][0]), min(extent.end, waiting[-1][1])
+            if first > at:
+                found.append(Extent(at, first - at, extent.kind))
+            if last > first:
+                found.append(Extent(first, last - first, ExtentKind.DATA))
+            at = max(at, last)
+            if waiting[-1][1] > extent.end:
+                break
+            waiting.pop()
+        if at < extent.end:
+            found.append(Extent(at, extent.end - at, extent.kind))
+    return found

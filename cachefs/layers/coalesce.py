@@ -32,7 +32,7 @@ import pydantic
 import trio
 
 from cachefs.errors import BackendError, CachefsError, StoreError
-from cachefs.extent import Extent, ExtentKind, clip_extents, merge_extents
+from cachefs.extent import Extent, clip_extents, merge_extents, with_data
 from cachefs.layers.base import ALL_CAPS, Caps, Done, Environment, Geometry, Layer, Options, Statistics
 from cachefs.rangelock import RangeLocks
 from cachefs.store.clusters import Clusters, Range, Slot, body_size, slots_within
@@ -440,7 +440,7 @@ class Coalesce:
             found = await self.child.extents(start, end - start, limit)
             start = found[-1].end
         below = clip_extents(found, offset, offset + length)
-        return merge_extents(_with_data(below, held))[:limit]
+        return merge_extents(with_data(below, held))[:limit]
 
     def _held_runs(self, offset: int, end: int) -> list[Range]:
         """The parts of *offset* to *end* of which there are bytes here, coarsely: units, in order."""
@@ -480,27 +480,6 @@ class Coalesce:
         if self._errors:
             values["error"] = str(next(iter(self._errors.values())))
         return Statistics(self.name, values, self.child.statistics())
-
-
-def _with_data(below: list[Extent], held: list[Range]) -> list[Extent]:
-    """*below* with the ranges *held*, which are in order, as data; it ends where *below* does."""
-    found: list[Extent] = []
-    waiting = list(reversed(held))
-    for extent in below:
-        at = extent.offset
-        while waiting and waiting[-1][0] < extent.end:
-            first, last = max(at, waiting[-1][0]), min(extent.end, waiting[-1][1])
-            if first > at:
-                found.append(Extent(at, first - at, extent.kind))
-            if last > first:
-                found.append(Extent(first, last - first, ExtentKind.DATA))
-            at = max(at, last)
-            if waiting[-1][1] > extent.end:
-                break
-            waiting.pop()
-        if at < extent.end:
-            found.append(Extent(at, extent.end - at, extent.kind))
-    return found
 
 
 def _open_memory(env: Environment, length: int) -> SurvivorMemory:

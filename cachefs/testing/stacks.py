@@ -291,6 +291,7 @@ def _own_cases(size: int) -> Iterator[Case]:
     yield Case("coalesce-small", size, coalesce_layer(cluster="64KiB", buffer="320KiB"), alignment=512)
     yield Case("coalesce-large", size, coalesce_layer(cluster="4MiB", buffer="20MiB"), alignment=4096)
     yield Case("coalesce-nbd", size, coalesce_layer(cluster="64KiB", buffer="1MiB"), backend="nbd")
+    yield Case("coalesce-read-only", size, coalesce_layer(), backend="file", writable=False)
     yield Case("coalesce-cow", size, coalesce_layer() + cow_layer(block_size="64KiB"))
     yield Case("direct", size, backend="file", direct=True, on_disk=True)
     yield Case("coalesce-direct", size, coalesce_layer(cluster="64KiB"), backend="file", direct=True, on_disk=True)

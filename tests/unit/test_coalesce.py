@@ -161,6 +161,20 @@ async def test_clusters_smaller_than_what_is_below_takes_are_refused() -> None:
             pass
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"cluster": "32KiB"}, "power of two from 64KiB to 4MiB"),
+        ({"cluster": "96KiB"}, "power of two from 64KiB to 4MiB"),
+        ({"cluster": "4MiB", "buffer": "16MiB"}, "give it 20MiB at least"),
+        ({"max_delay": "0s"}, "greater than 0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, str], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        CoalesceConfig.model_validate(options)
+
+
 # ---- reading
 
 
