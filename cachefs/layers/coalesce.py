@@ -111,7 +111,8 @@ class Coalesce:
         self._most_open = clusters.slots * 3 // 4
         self._nursery = nursery
         self._locks = RangeLocks()
-        self._limiter = trio.CapacityLimiter(WRITE_OUTS)
+        self._writing = 0
+        self._turns = trio.lowlevel.ParkingLot()  # of write-outs, while WRITE_OUTS are writing
         self._queued: dict[int, _WriteOut] = {}  # by cluster: those that have not frozen it yet
         self._running = 0  # write-outs and trims that hold frozen slots
         self._room = trio.lowlevel.ParkingLot()
@@ -186,6 +187,12 @@ class Coalesce:
         return not self.clusters.overlay(offset, buffer)
 
     def try_write(self, offset: int, data: memoryview) -> bool:
+        slot = self.clusters.try_put(offset, data)
+        if slot is not None:
+            self._bytes_in += len(data)
+            if slot.is_full and slot.cluster not in self._errors:
+                self._ask(slot.cluster)
+            return True
         lacks = self.clusters.lacks(offset, len(data))
         if lacks and (lacks > self.clusters.free or len(self._room)):  # nobody overtakes who waits for room
             return False
@@ -279,19 +286,23 @@ class Coalesce:
 
     async def _run(self, cluster: int, write_out: _WriteOut) -> None:
         hold = await self._locks.acquire(cluster, cluster + 1)
-        async with self._limiter:
-            del self._queued[cluster]
-            slot = self.clusters.freeze(cluster)
-            self._running += 1
-            try:
-                if slot is not None:
-                    self._due.pop(cluster, None)
-                    write_out.error = await self._write_out(slot)
-            finally:
-                self._running -= 1
-                self._locks.release(hold)
-                write_out.done.set()
-                self._tell_room(write_out.error)
+        while self._writing >= WRITE_OUTS:
+            await self._turns.park()
+        del self._queued[cluster]
+        slot = self.clusters.freeze(cluster)
+        self._running += 1
+        self._writing += 1
+        try:
+            if slot is not None:
+                self._due.pop(cluster, None)
+                write_out.error = await self._write_out(slot)
+        finally:
+            self._running -= 1
+            self._writing -= 1
+            self._turns.unpark()
+            self._locks.release(hold)
+            write_out.done.set()
+            self._tell_room(write_out.error)
 
     def _tell_room(self, error: CachefsError | None) -> None:
         """A slot may be free, or there is nothing more to wait for."""

@@ -9,8 +9,8 @@ A *slot* holds bytes of one cluster, and a bit for each of them that was written
                                 '----> thaw -----> OPEN     it is not: with the bytes of a newer slot laid over it
 
 All of it lies in survivor memory (docs/formats/survivor.md), because a buffered write has been acknowledged. Valid at every
-instant: slot, then bytes, then bits; a slot is freed by one byte, and its bits are cleared when it is used again. Who takes
-the memory over lays the slots of a cluster over each other in the order of their sequence.
+instant: slot, then bytes, then bits; of a slot that is freed the bits are cleared first, and nobody needs them any more. Who
+takes the memory over lays the slots of a cluster over each other in the order of their sequence.
 
 Pure bookkeeping: no I/O, no clock, one event loop.
 """
@@ -35,9 +35,11 @@ Range = tuple[int, int]
 
 
 class Slot:
-    """data, bits: of the whole cluster. length: bytes of the cluster that the disk has. filled: how many of them count."""
+    """data, bits: of the whole cluster. length: bytes of the cluster that the disk has. filled: how many of them count, all of
+    them from *low* to before *high*.
+    """
 
-    __slots__ = ("bits", "cluster", "data", "filled", "length", "number", "sequence")
+    __slots__ = ("bits", "cluster", "data", "filled", "high", "length", "low", "number", "sequence")
 
     def __init__(self, number: int, cluster: int, sequence: int, data: memoryview, bits: bitarray, length: int) -> None:
         self.number = number
@@ -47,6 +49,7 @@ class Slot:
         self.bits = bits
         self.length = length
         self.filled = 0
+        self.low, self.high = length, 0
 
     @property
     def is_full(self) -> bool:
@@ -55,6 +58,7 @@ class Slot:
     def put(self, start: int, data: memoryview | bytes) -> None:
         """*data* at byte *start* of the cluster: bytes, then bits."""
         end = start + len(data)
+        self.low, self.high = min(self.low, start), max(self.high, end)
         self.data[start:end] = data
         self.filled += end - start - self.bits.count(1, start, end)
         self.bits[start:end] = True
@@ -72,7 +76,7 @@ class Slot:
     def units(self, unit: int) -> list[Range]:
         """What is to be written: the bytes that count, completed to whole units (the disk's last one may be shorter)."""
         found: list[Range] = []
-        for first, last in runs(self.bits, 0, self.length):
+        for first, last in runs(self.bits, self.low, self.high):
             start, end = align_down(first, unit), min(align_up(last, unit), self.length)
             if found and start <= found[-1][1]:
                 found[-1] = found[-1][0], end
@@ -132,6 +136,7 @@ class Clusters:
         self.open: dict[int, Slot] = {}
         """By cluster, the one that was written longest ago first."""
         self.frozen: dict[int, Slot] = {}
+        self._last: Slot | None = None  # of the open ones
         self._free: list[int] = []
         self._load()
 
@@ -148,6 +153,7 @@ class Clusters:
         for slot in sorted(used, key=lambda one: one.sequence):
             self._sequence = slot.sequence
             slot.filled = slot.bits.count(1, 0, slot.length)
+            slot.low, slot.high = 0, slot.length
             self.frozen[slot.cluster] = self.open.pop(slot.cluster, slot)
             if self.frozen[slot.cluster] is not slot:
                 self.open[slot.cluster] = slot
@@ -223,6 +229,18 @@ class Clusters:
 
     # ---- changing
 
+    def try_put(self, offset: int, data: memoryview) -> Slot | None:
+        """Take *data* in if it lies in one cluster that is open: its slot. The shortest way, for streams."""
+        cluster = offset >> self._shift
+        slot = self.open.get(cluster)
+        start = offset & self.cluster_size - 1
+        if slot is None or start + len(data) > self.cluster_size:
+            return None
+        if slot is not self._last:
+            self.open[cluster] = self._last = self.open.pop(cluster)
+        slot.put(start, data)
+        return slot
+
     def put(self, offset: int, data: memoryview | bytes) -> tuple[list[int], list[int]]:
         """Take *data* in; there must be room for it. The clusters that were begun by it, and those that are full now and
         were not before.
@@ -236,7 +254,7 @@ class Clusters:
             if slot is None:
                 slot = self._take(cluster)
                 begun.append(cluster)
-            self.open[cluster] = slot  # as the last one
+            self.open[cluster] = self._last = slot
             was_full = slot.filled == slot.length
             slot.put(start - base, data[start - offset : stop - offset])
             if not was_full and slot.filled == slot.length:
@@ -247,13 +265,14 @@ class Clusters:
         number = self._free.pop()
         self._sequence += 1
         slot = self._slot(number, cluster, self._sequence)
-        slot.bits.setall(False)
         at = _PAGE + number * _SLOT.size
         _SLOT.pack_into(self._body, at, _FREE, self._sequence, cluster)
         self._body[at] = _USED
         return slot
 
     def _give_back(self, slot: Slot) -> None:
+        """Every byte of *slot* is somewhere else."""
+        slot.bits[slot.low : slot.high] = False
         self._body[_PAGE + slot.number * _SLOT.size] = _FREE
         self._free.append(slot.number)
 
@@ -279,7 +298,7 @@ class Clusters:
                 self.open[slot.cluster] = newer
             return
         if newer is not None:
-            for first, last in runs(newer.bits, 0, newer.length):
+            for first, last in runs(newer.bits, newer.low, newer.high):
                 slot.put(first, newer.data[first:last])
             self._give_back(newer)
-        self.open[slot.cluster] = slot
+        self.open[slot.cluster] = self._last = slot

@@ -173,29 +173,39 @@ async def test_a_kill_between_any_two_lines_leaves_every_acknowledged_byte() -> 
 
 def mutant_bits_before_bytes(slot: Slot, start: int, data: memoryview | bytes) -> None:
     end = start + len(data)
+    slot.low, slot.high = min(slot.low, start), max(slot.high, end)
     slot.filled += end - start - slot.bits.count(1, start, end)
     slot.bits[start:end] = True
     slot.data[start:end] = data
 
 
-def mutant_used_before_cleared(these: Clusters, cluster: int) -> Slot:
-    number = these._free.pop()
-    these._sequence += 1
-    slot = these._slot(number, cluster, these._sequence)
-    at = clusters._PAGE + number * clusters._SLOT.size
-    clusters._SLOT.pack_into(these._body, at, clusters._USED, these._sequence, cluster)
+def mutant_cleared_when_used_again(these: Clusters, cluster: int) -> Slot:
+    slot = _take(these, cluster)
     slot.bits.setall(False)
     return slot
 
 
+def mutant_not_cleared(these: Clusters, slot: Slot) -> None:
+    these._body[clusters._PAGE + slot.number * clusters._SLOT.size] = clusters._FREE
+    these._free.append(slot.number)
+
+
+_take = Clusters._take
+
+
 @pytest.mark.logs("a write-out failed")
 @pytest.mark.parametrize(
-    ("owner", "name", "instead"),
-    [(Slot, "put", mutant_bits_before_bytes), (Clusters, "_take", mutant_used_before_cleared)],
-    ids=["bits-before-bytes", "used-before-cleared"],
+    "patches",
+    [
+        [(Slot, "put", mutant_bits_before_bytes)],
+        [(Clusters, "_give_back", mutant_not_cleared), (Clusters, "_take", mutant_cleared_when_used_again)],
+    ],
+    ids=["bits-before-bytes", "cleared-when-used-again"],
 )
-async def test_a_step_in_the_wrong_order_is_noticed(owner: type, name: str, instead: Callable[..., Any]) -> None:
-    with mock.patch.object(owner, name, instead):
+async def test_a_step_in_the_wrong_order_is_noticed(patches: list[tuple[type, str, Callable[..., Any]]]) -> None:
+    with contextlib.ExitStack() as stack:
+        for owner, name, instead in patches:
+            stack.enter_context(mock.patch.object(owner, name, instead))
         assert (await watch_all_steps()).problems
 
 
