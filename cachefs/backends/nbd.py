@@ -19,7 +19,6 @@ import logging
 import os
 import shlex
 import ssl
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -460,34 +459,14 @@ class Nbd:
 
 @asynccontextmanager
 async def _memory(name: str, config: NbdConfig, env: Environment) -> AsyncIterator[Unflushed]:
-    """Of the changes that the server may lose. When the disk cannot be opened now, it is there for the next try.
-
-    Raises: StoreError.
-    """
+    """Of the changes that the server may lose. Raises: StoreError."""
     if not env.writable:
         yield Unflushed(memoryview(bytearray(body_size(0))), 0)
         return
-    store = uuid.uuid5(uuid.NAMESPACE_URL, f"{env.owner} {config.uri or shlex.join(config.command or ())}")
-    epoch = env.state_dir / "nbd" / f"{store}.epoch"
-    open_it = partial(
-        env.survivors.memory, "nbd", {_MEMORY_LAYOUT}, store, body_size(align_down(config.unflushed, 4096)), epoch
-    )
-    try:
-        memory = await trio.to_thread.run_sync(open_it)
-    except OSError as exc:
-        raise StoreError(name, f"cannot write {epoch}: {exc.strerror}") from exc
-    try:
-        if not memory.is_inherited:
-            await trio.to_thread.run_sync(env.survivors.keep, {memory.name: memory.descriptor})
+    store = config.uri or shlex.join(config.command or ())
+    length = body_size(align_down(config.unflushed, 4096))
+    async with env.memory(name, "nbd", _MEMORY_LAYOUT, store, length) as memory:
         yield Unflushed(memory.body, data_size(len(memory.body)))
-    except StoreError:
-        env.survivors.give_back({memory.name: memory.descriptor})
-        raise
-    except BaseException:
-        env.survivors.release(memory)
-        raise
-    else:
-        env.survivors.release(memory)
 
 
 def _dialer(name: str, config: NbdConfig, address: Address) -> Dial:

@@ -20,8 +20,9 @@ a layer may rely on bounds, alignment and capabilities.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -29,9 +30,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import pydantic
 import trio
 
+from cachefs.errors import StoreError
 from cachefs.extent import Extent
 from cachefs.store.rounds import Done
-from cachefs.survivor import Survivors
+from cachefs.survivor import SurvivorMemory, Survivors
 
 if TYPE_CHECKING:
     from cachefs.pool.pool import Pool
@@ -142,6 +144,36 @@ class Environment:
     pool: Pool | None = None
     survivors: Survivors = field(default_factory=Survivors)
     is_successor: bool = False
+
+    @asynccontextmanager
+    async def memory(
+        self, where: str, kind: str, layout: int, store: str, length: int
+    ) -> AsyncIterator[SurvivorMemory]:
+        """Survivor memory for what was acknowledged and is in no file yet, of what the text *store* names.
+
+        One of a predecessor may have another length. At the end it is gone; when the disk cannot be opened now (StoreError),
+        it stays for the next try.
+
+        Raises: StoreError.
+        """
+        key = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.owner} {store}")
+        epoch = self.state_dir / kind / f"{key}.epoch"
+        try:
+            memory = await trio.to_thread.run_sync(self.survivors.memory, kind, {layout}, key, length, epoch)
+        except OSError as exc:
+            raise StoreError(where, f"cannot write {epoch}: {exc.strerror}; check state_dir") from exc
+        try:
+            if not memory.is_inherited:
+                await trio.to_thread.run_sync(self.survivors.keep, {memory.name: memory.descriptor})
+            yield memory
+        except StoreError:
+            self.survivors.give_back({memory.name: memory.descriptor})
+            raise
+        except BaseException:
+            self.survivors.release(memory)
+            raise
+        else:
+            self.survivors.release(memory)
 
 
 class Layer(Protocol):

@@ -23,9 +23,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Annotated
 
 import pydantic
@@ -33,7 +32,7 @@ import trio
 
 from cachefs.errors import BackendError, CachefsError, StoreError
 from cachefs.extent import Extent, clip_extents, merge_extents, with_data
-from cachefs.layers.base import ALL_CAPS, Caps, Done, Environment, Geometry, Layer, Options, Statistics
+from cachefs.layers.base import ALL_CAPS, Caps, Done, Environment, Geometry, Later, Layer, Options, Statistics
 from cachefs.rangelock import RangeLocks
 from cachefs.store.clusters import Clusters, Range, Slot, body_size, slots_within
 from cachefs.survivor import SurvivorMemory
@@ -44,7 +43,6 @@ log = logging.getLogger(__name__)
 SECTOR = 512
 MEMORY_KIND = "coalesce"
 LAYOUT = 1  # of the survivor memory: see cachefs.store.clusters
-NAMESPACE = uuid.UUID("6b1f2d0e-4a53-5c5e-9d6f-1f0e7a4cbd11")  # of the ids of memories, made from the disk's name
 WRITE_OUTS = 16  # at the same time
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 
@@ -138,9 +136,8 @@ class Coalesce:
                 name, f"what is below takes writes in units of {unit}; make the clusters as large at least"
             )
         slots = slots_within(config.buffer, config.cluster)
-        memory = _open_memory(env, body_size(config.cluster, slots))
         problem: CachefsError | None = None
-        try:
+        async with _open_memory(name, env, child, body_size(config.cluster, slots)) as memory:
             clusters = Clusters(memory.body, child.geometry.size, config.cluster, slots)
             async with trio.open_nursery() as nursery:
                 layer = cls(name, config, child, clusters, nursery)
@@ -152,8 +149,6 @@ class Coalesce:
                 finally:
                     problem = await layer._flush_last(env.forced_stop)
                     nursery.cancel_scope.cancel()
-        finally:
-            memory.close()
         if problem is not None:
             raise problem
 
@@ -185,6 +180,12 @@ class Coalesce:
         if not self.clusters.holds(offset, len(buffer)):
             return self.child.try_read_into(offset, buffer)
         return not self.clusters.overlay(offset, buffer)
+
+    def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
+        return not self.clusters.holds(offset, len(buffer)) and self.child.try_read_later(offset, buffer, done)
+
+    def try_extent(self, offset: int, length: int) -> Extent | None:
+        return None
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         slot = self.clusters.try_put(offset, data)
@@ -493,7 +494,7 @@ class Coalesce:
         return Statistics(self.name, values, self.child.statistics())
 
 
-def _open_memory(env: Environment, length: int) -> SurvivorMemory:
-    """The memory of this disk's gathered writes."""
-    store = uuid.uuid5(NAMESPACE, env.owner)
-    return SurvivorMemory(MEMORY_KIND, LAYOUT, store, 0, length)
+def _open_memory(name: str, env: Environment, child: Layer, length: int) -> AbstractAsyncContextManager[SurvivorMemory]:
+    """The memory of this disk's gathered writes, as long as the store below is the same. Raises: StoreError."""
+    facts = [f"{key}={value}" for key, value in sorted(child.identity.facts.items()) if "time" not in key]
+    return env.memory(name, MEMORY_KIND, LAYOUT, " ".join([child.identity.kind, *facts]), length)

@@ -69,7 +69,10 @@ class Kept:
 
     body: memoryview
 
-    def close(self) -> None: ...
+    async def __aenter__(self) -> Kept:
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
 
 
 @dataclass
