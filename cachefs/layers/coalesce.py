@@ -14,7 +14,8 @@ Lock order: one range here, then the child's own.
 
 Cancellation: a write that waits for room is dropped; write-outs belong to the layer and are never cancelled before its end.
 
-Survives power loss: what was flushed. Survives the daemon: every acknowledged byte, in survivor memory.
+Survives power loss: what was flushed. Survives the daemon: every acknowledged byte, in survivor memory, where there is a
+successor that takes it over.
 Source: the idea is QEMU's proposed seqcache filter, which gathers the writes of a compressed backup.
 """
 
