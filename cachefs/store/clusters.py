@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from bitarray import bitarray
 
 from cachefs.errors import FormatError
-from cachefs.units import align_down, align_up
+from cachefs.units import align_down, align_up, is_power_of_two
 
 _HEAD = struct.Struct("<QQ")  # bytes per cluster, slots
 _SLOT = struct.Struct("<B7xQQ8x")  # state, sequence, cluster
@@ -127,7 +127,8 @@ class Clusters:
         if not any(body[: _HEAD.size]):
             _HEAD.pack_into(body, 0, cluster, slots)
         self.cluster_size, self.slots = _HEAD.unpack_from(body)
-        if self.cluster_size % _PAGE or body_size(self.cluster_size, self.slots) > len(body):
+        is_size = is_power_of_two(self.cluster_size) and self.cluster_size >= _PAGE
+        if not is_size or body_size(self.cluster_size, self.slots) > len(body):
             raise FormatError("coalesce", f"memory for {self.slots} clusters of {self.cluster_size} bytes cannot be")
         self._body = body
         self._size = size

@@ -257,7 +257,7 @@ async def test_memory_of_another_configuration_is_taken_over_as_it_is() -> None:
         assert successor.store()[CLUSTER - 10 : CLUSTER + 90] == patterns(1, 100)
 
 
-@pytest.mark.parametrize(("at", "byte"), [(4096, 2), (4096 + 16, 255), (0, 7)], ids=["state", "cluster", "size"])
+@pytest.mark.parametrize(("at", "byte"), [(4096, 2), (4096 + 16, 255), (0, 7), (1, 0x10), (15, 1)])
 def test_memory_that_cannot_be_is_refused(at: int, byte: int) -> None:
     body = new_body()
     Clusters(memoryview(body), SIZE, CLUSTER, SLOTS).put(0, b"x")  # into the first slot
