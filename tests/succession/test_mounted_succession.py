@@ -37,16 +37,18 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def disks(image: Path, folder: Path) -> dict[str, Any]:
-    """vm1: an overlay; vm2: one over a cache that is too small; golden: what lies below that, to be read."""
-    empty = folder / "empty.raw"
-    with empty.open("wb") as file:
-        file.truncate(SIZE)
+    """vm1: an overlay; vm2: one over a cache that is too small; vm3: written over NBD; golden: what vm2 is over, to be read."""
+    empty, remote = folder / "empty.raw", folder / "remote.raw"
+    for path in (empty, remote):
+        with path.open("wb") as file:
+            file.truncate(SIZE)
     return {
         "pools": {"node": {"path": str(folder / "pool"), "quota": "16MiB"}},
         "images": {"base": {"layers": [{"cache": {"pool": "node"}}], "backend": {"file": {"path": str(image)}}}},
         "disks": {
             "vm1": {"layers": [{"cow": {}}], "backend": {"file": {"path": str(empty)}}},
             "vm2": {"layers": [{"cow": {}}], "image": "base"},
+            "vm3": {"backend": {"nbd": {"command": ["nbdkit", "file", str(remote)], "on_failure": "hold"}}},
             "golden": {"image": "base"},
         },
     }
@@ -116,7 +118,7 @@ class Reader(threading.Thread):
 
 @contextmanager
 def load(mounted: Served, image: Path, seconds: float) -> Iterator[Reader]:
-    jobs = [Fio(mounted.path / name, mounted.folder, seconds) for name in ("vm1", "vm2")]
+    jobs = [Fio(mounted.path / name, mounted.folder, seconds) for name in ("vm1", "vm2", "vm3")]
     reader = Reader(mounted.path / "golden", image)
     reader.start()
     yield reader

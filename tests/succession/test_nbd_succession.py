@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -54,3 +56,32 @@ def test_disks_over_nbd_are_killed_under_writes_that_nobody_flushes(
     plain = tmp_path / "own.raw"
     subprocess.run(["qemu-img", "convert", "-O", "raw", own, plain], check=True)
     assert plain.read_bytes() == contents["own"]
+
+
+def test_other_disks_go_on_when_a_started_server_hangs_and_the_daemon_dies(
+    served: Callable[..., Served], tmp_path: Path
+) -> None:
+    images = [tmp_path / f"{name}.raw" for name in ("hung", "other")]
+    for image in images:
+        image.write_bytes(b"base" * (1 << 18))
+    disks: dict[str, Any] = {
+        image.stem: {"backend": {"nbd": {"command": ["nbdkit", "file", str(image)], "on_failure": "hold"}}}
+        for image in images
+    }
+    disks["plain"] = {"layers": [{"cow": {}}], "backend": {"file": {"path": str(images[1].with_suffix(".plain"))}}}
+    images[1].with_suffix(".plain").write_bytes(b"base" * (1 << 18))
+    mounted = served({"disks": disks})
+    server = mounted.status("hung")["disk"]["layers"][-1]["server_pid"]
+    os.kill(server, signal.SIGSTOP)  # a SIGTERM does not reach it
+    began = time.monotonic()
+    mounted.kill()
+    for name in ("plain", "other"):
+        assert (mounted.path / name).read_bytes()[:4] == b"base"
+    print(f"the others answered {time.monotonic() - began:.2f} s after the kill")
+    with (mounted.path / "hung").open("r+b", buffering=0) as disk:  # its server is killed when its time is over
+        assert disk.write(b"kept") == 4
+        os.fsync(disk.fileno())
+    print(f"the hung one {time.monotonic() - began:.2f} s after it")
+    assert not Path(f"/proc/{server}").exists()
+    mounted.umount()
+    assert images[0].read_bytes()[:8] == b"keptbase"
