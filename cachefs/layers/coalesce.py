@@ -173,6 +173,8 @@ class Coalesce:
                     return exc
                 finally:
                     nursery.cancel_scope.cancel()
+        if forced_stop.is_set() and (left := self.clusters.buffered_bytes):
+            log.error("%s: stopped by force, %d bytes are not written", self.name, left)
         return None
 
     # ---- fast path

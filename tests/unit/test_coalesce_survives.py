@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import trio
 from trio.testing import wait_all_tasks_blocked
 
 from cachefs.backends.memory import Memory
@@ -84,6 +85,17 @@ class Disk:
     faults: Faults
     chunks: dict[int, bytearray]
     body: bytearray
+    forced_stop: trio.Event
+
+    def hang(self, until: trio.Event) -> None:
+        """Every write below waits, from now on."""
+
+        async def wait(offset: int, data: memoryview) -> None:
+            await until.wait()
+
+        self.faults.try_write = lambda offset, data: False  # type: ignore[method-assign]
+        self.faults.write = wait  # type: ignore[method-assign]
+        self.layer.child = Checked(self.faults)
 
     def store(self) -> bytes:
         return unfold(self.chunks, SIZE)
@@ -95,8 +107,9 @@ async def opened(body: bytearray, content: bytes) -> AsyncIterator[Disk]:
     fill(chunks, content)
     faults = Faults(Checked(Memory("vm1/memory", SIZE, 512, chunks)))
     with mock.patch.object(coalesce, "_open_memory", return_value=Kept(memoryview(body))):
-        async with Coalesce.open(CONFIG, Checked(faults), Environment("vm1", Path("/nonexistent"))) as layer:
-            yield Disk(layer, Checked(layer), faults, chunks, body)
+        env = Environment("vm1", Path("/nonexistent"))
+        async with Coalesce.open(CONFIG, Checked(faults), env) as layer:
+            yield Disk(layer, Checked(layer), faults, chunks, body, env.forced_stop)
 
 
 def new_body() -> bytearray:
@@ -228,6 +241,23 @@ async def test_a_successor_has_every_acknowledged_byte_and_writes_it_out() -> No
                 await wait_all_tasks_blocked()
                 assert_same(successor.store(), model.content, 0)
                 assert successor.layer.clusters.free == SLOTS
+
+
+@pytest.mark.logs("stopped by force")
+async def test_a_forced_stop_does_not_wait_for_what_hangs_says_so_and_leaves_it_in_the_memory(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    body = new_body()
+    held = trio.Event()
+    with trio.fail_after(5):
+        async with opened(body, pattern(SIZE)) as disk:
+            await perform_step(disk, Write(100, patterns(1, 1000)))
+            disk.hang(held)
+            disk.forced_stop.set()
+    assert "stopped by force, 1536 bytes are not written" in caplog.text  # with what completes the sectors
+    async with opened(body, pattern(SIZE)) as successor:
+        await wait_all_tasks_blocked()
+        assert successor.store()[100:1100] == patterns(1, 1000)
 
 
 async def test_a_successor_of_one_that_was_killed_in_a_write_out_and_the_append_to_it() -> None:
