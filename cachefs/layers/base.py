@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import pydantic
 import trio
 
-from cachefs.errors import StoreError
+from cachefs.errors import StoreError, unwrap
 from cachefs.extent import Extent
 from cachefs.store.rounds import Done
 from cachefs.survivor import SurvivorMemory, Survivors
@@ -166,11 +166,11 @@ class Environment:
             if not memory.is_inherited:
                 await trio.to_thread.run_sync(self.survivors.keep, {memory.name: memory.descriptor})
             yield memory
-        except StoreError:
-            self.survivors.give_back({memory.name: memory.descriptor})
-            raise
-        except BaseException:
-            self.survivors.release(memory)
+        except BaseException as exc:
+            if isinstance(unwrap(exc), StoreError):
+                self.survivors.give_back({memory.name: memory.descriptor})
+            else:
+                self.survivors.release(memory)
             raise
         else:
             self.survivors.release(memory)

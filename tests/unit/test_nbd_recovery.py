@@ -13,7 +13,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from cachefs.errors import BackendTimeout, NoSpaceError, PermanentError
+from cachefs.errors import BackendTimeout, NoSpaceError, PermanentError, StoreError
+from cachefs.layers.base import Environment
 from cachefs.nbd.client import DEPTH
 from cachefs.nbd.handshake import Flag
 from cachefs.nbd.protocol import FUA, NO_HOLE
@@ -786,6 +787,26 @@ async def test_a_successor_sends_again_what_was_acknowledged_and_forgets_the_res
         await wait_all_tasks_blocked()
         await done(server, disk.flush)
         assert disk.statistics().values["unflushed_bytes"] == 0
+
+
+async def test_a_memory_stays_for_the_next_try_when_the_store_cannot_be_opened(
+    network: Network, tmp_path: Path
+) -> None:
+    survivors = Survivors()
+    env = Environment("disk", tmp_path, survivors=survivors)
+
+    async def fail(error: Exception) -> None:
+        async with env.memory("disk/nbd", "nbd", 1, "store", 4096) as memory:
+            memory.body[0] = 7
+            raise error
+
+    for error in (StoreError("x", "y"), ExceptionGroup("of a nursery", [StoreError("x", "y")])):
+        with pytest.raises(type(error)):
+            await fail(error)
+    async with env.memory("disk/nbd", "nbd", 1, "store", 4096) as memory:
+        assert memory.is_inherited
+        assert memory.body[0] == 7
+    assert survivors.kept() == []
 
 
 async def test_a_memory_is_void_once_the_disk_was_open_without_it(network: Network, tmp_path: Path) -> None:
