@@ -182,6 +182,7 @@ def test_a_hundred_disks_held_and_let_go_again_and_again_lose_nothing_and_keep_n
         released.append(resident(mounted.pid))
         print(f"wave {wave}: resident {held / 2**20:.1f} MiB held, {released[-1] / 2**20:.1f} MiB released")
         mounted.process.send_signal(signal.SIGUSR2)
+        daemon()  # it has answered since: the gate is closed for the next wave
 
     figures = daemon()
     assert figures["refused_requests"] == figures["given_up_requests"] == figures["queued_bytes"] == 0
