@@ -195,16 +195,14 @@ def test_what_the_server_says_is_logged_with_the_name_of_the_disk(mount: Any, im
             r"vm/nbd: the server \(nbdkit file /no/such/image\) ended with exit status 1: nbdk",
         ),
         (("nbdkit", "-U", "/tmp/x", "null"), "leave out what names one"),
-        (("qemu-nbd", "--fork", "-f", "raw", "IMAGE"), "must stay in the foreground: leave out --fork"),
         (("sleep", "60"), "no connection within 1 s"),
     ],
 )
 def test_command_that_does_not_serve_fails_the_mount_in_one_sentence(
-    mount: Any, image: Path, tmp_path: Path, cachefs: Any, command: tuple[str, ...], sentence: str
+    mount: Any, tmp_path: Path, cachefs: Any, command: tuple[str, ...], sentence: str
 ) -> None:
     (tmp_path / "mnt").mkdir()
-    words = [str(image) if word == "IMAGE" else word for word in command]
-    config = mount.write({"disks": {"vm": disk(*words, deadline="1s", connect_timeout="200ms")}})
+    config = mount.write({"disks": {"vm": disk(*command, deadline="1s", connect_timeout="200ms")}})
     done = cachefs("mount", "--foreground", config, tmp_path / "mnt")
     assert done.returncode == 3, done.stderr
     assert re.search(sentence, done.stderr), done.stderr

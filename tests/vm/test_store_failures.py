@@ -213,7 +213,7 @@ def test_guest_sees_no_error_of_a_store_that_is_waited_for(
     run(*fio([exports / "fio"], FIO_SIZE, seeds[-1], "--verify_only"), cwd=tmp_path)
 
 
-@pytest.mark.logs("failed: .* (not done within|refused, the store)", "flush: not done within")
+@pytest.mark.logs("failed: .* (not done within|refused, the store|not answered in time)", "flush: not done within")
 @pytest.mark.parametrize("pace", PACES)
 def test_guest_gets_errors_within_the_deadline_and_goes_on_when_the_store_is_back(
     mount: Mount,
