@@ -179,3 +179,12 @@ class Changing:
             except Exception as exc:
                 self.raised = exc
             self.is_done = True
+
+
+async def done(server: Server, operation: Any, *arguments: Any) -> Heard:
+    """*operation*, answered at once."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(operation, *arguments)
+        heard = await server.hear()
+        await server.answer(heard)
+    return heard

@@ -31,11 +31,10 @@ from cachefs.testing.nbdscript import (
     SIZE,
     WRITE,
     Changing,
-    Heard,
     Network,
     Reading,
-    Server,
     answer,
+    done,
     opened,
 )
 
@@ -45,15 +44,6 @@ pytestmark = pytest.mark.logs("connection lost, making a new one")
 @pytest.fixture
 def network() -> Network:
     return Network()
-
-
-async def done(server: Server, operation: Any, *arguments: Any) -> Heard:
-    """*operation*, answered at once."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(operation, *arguments)
-        heard = await server.hear()
-        await server.answer(heard)
-    return heard
 
 
 # ---- answers

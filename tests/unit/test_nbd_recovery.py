@@ -34,6 +34,7 @@ from cachefs.testing.nbdscript import (
     Network,
     Reading,
     Server,
+    done,
     opened,
 )
 
@@ -45,15 +46,6 @@ MULTI = replace(EXPORT, flags=FLAGS | Flag.CAN_MULTI_CONN)
 @pytest.fixture
 def network() -> Network:
     return Network()
-
-
-async def done(server: Server, operation: Any, *arguments: Any) -> Heard:
-    """*operation*, answered at once."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(operation, *arguments)
-        heard = await server.hear()
-        await server.answer(heard)
-    return heard
 
 
 def start(nursery: trio.Nursery, operation: Any, *arguments: Any) -> Changing:
