@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ from fio import RAMP_S, Job, in_turn, interrupt_once, machine, pinned, run_fio
 from report import Run, Sample, TargetInfo, number, parse_fio, print_tables, spread
 from targets import Cachefs, NbdFuse, Place, Target, TargetError, create_base, workspace
 
+PROGRAMS = {"fio": "fio", "nbdkit": "nbdkit", "nbdfuse": "libnbd-bin", "qemu-img": "qemu-utils"}
 MIB = 1 << 20
 AHEAD_BLOCKS = ("1m", "128k")
 PEER = "nbdfuse"
@@ -253,6 +255,7 @@ class Bench:
                 targets.append(target)
             if place.store.delay_ms:
                 self.warm_run.targets.setdefault("ideal", TargetInfo("queue depth / delay"))
+                self.warm_run.targets.setdefault("bare", TargetInfo("qemu-img bench: QEMU's nbd driver alone, no FUSE"))
             self.warm_run.targets.setdefault("nbdcopy", TargetInfo("nbdcopy to null:, the whole disk"))
             for number_ in range(1, self.options.rounds + 1):
                 for job in self.options.chosen:
@@ -278,6 +281,8 @@ class Bench:
             self.note(self.warm_run, place, job.name, number_, target.name, value, found)
         if place.store.delay_ms and job.unit == "IOPS":
             self.note(self.warm_run, place, job.name, number_, "ideal", job.depth * 1000 / place.store.delay_ms)
+            asked = bare_reads_per_s(place, job, self.options.runtime, self.options.server_cpu)
+            self.note(self.warm_run, place, job.name, number_, "bare", asked)
 
     # ---- cold: what is read for the first time
 
@@ -312,6 +317,19 @@ def copied_in(uri: str, cpu: int) -> float:
     since = time.perf_counter()
     subprocess.run(pinned(["nbdcopy", uri, "null:"], cpu), check=True, timeout=120)
     return time.perf_counter() - since
+
+
+def bare_reads_per_s(place: RemotePlace, job: Job, runtime_s: float, cpu: int) -> float:
+    """What this store really gives at that depth: its delay is a sleep, which ends late, and its threads share a CPU."""
+    block = {"4k": 4096, "64k": 65536}[job.block]
+    count = int(job.depth * 1000 / place.store.delay_ms * runtime_s)
+    bench = ["qemu-img", "bench", "-f", "raw", "-c", str(count), "-d", str(job.depth), "-s", str(block)]
+    command = [*bench, "-S", str(block * 11), place.uri]  # no two neighbours
+    done = subprocess.run(pinned(command, cpu), check=True, timeout=120, capture_output=True, text=True)
+    found = re.search(r"Run completed in ([0-9.]+) seconds", done.stdout)
+    if found is None:
+        raise TargetError(f"qemu-img bench: {done.stdout}")
+    return count / float(found[1])
 
 
 def read_in_order(target: Target, block: str, cpu: int) -> float:
@@ -358,7 +376,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--server-cpu", type=int, default=cpus[1 % len(cpus)])
     options = parser.parse_args()
     options.chosen = [job for job in JOBS if job.name in options.jobs]
-    for program, package in {"fio": "fio", "nbdkit": "nbdkit", "nbdfuse": "libnbd-bin"}.items():
+    for program, package in PROGRAMS.items():
         if shutil.which(program) is None:
             parser.error(f"{program} is not installed: apt install {package}")
     return options
