@@ -215,6 +215,8 @@ class Connection:
                 for turn in itertools.count():
                     if turn % 32 == 31:
                         await trio.lowlevel.checkpoint()  # a server that never pauses is not alone on the loop
+                    if not self._pending and self.lost is None:
+                        await self._transport.wait()  # nothing can have come: an attempt to receive it costs more
                     count = await self._transport.receive(self._where)
                     if not count or self.lost is not None:
                         break
@@ -241,7 +243,10 @@ class Connection:
     def _take(self, count: int) -> None:
         self._heard = trio.current_time()
         self.was_useful = True
-        direct = min(count, self._direct)
+        if count < self._direct:
+            self._parser.advance(count)
+            return
+        direct = self._direct
         if direct:
             self._finish(self._parser.received(direct))
         if count > direct:

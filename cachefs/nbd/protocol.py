@@ -172,6 +172,11 @@ class ReplyParser:
         """Bytes that go into the buffer of a read before the next header."""
         return self._left
 
+    def advance(self, count: int) -> None:
+        """Fewer bytes than `data_left` were put where `where` says."""
+        self._at += count
+        self._left -= count
+
     def received(self, count: int) -> list[Request]:
         """*count* bytes were put where `where` says. Returns what is answered now. Raises: ProtocolError."""
         if self._left:

@@ -28,6 +28,9 @@ class Transport(Protocol):
     async def receive(self, where: Where) -> int:
         """Bytes that came, as many as there are; 0 at the end of the stream."""
 
+    async def wait(self) -> None:
+        """Until something may have come, which `receive` then finds, or not."""
+
     def send_now(self, parts: list[memoryview]) -> list[memoryview]:
         """Send what can be sent without waiting, in order; what is left."""
 
@@ -55,6 +58,9 @@ class Plain:
                     return self._socket.recv_into(places[0])
                 return self._socket.recvmsg_into(places)[0]
             await trio.lowlevel.wait_readable(self._socket)
+
+    async def wait(self) -> None:
+        await trio.lowlevel.wait_readable(self._socket)
 
     def send_now(self, parts: list[memoryview]) -> list[memoryview]:
         try:
@@ -101,6 +107,9 @@ class Tls:
         target[:count] = self._left[:count]
         self._left = self._left[count:]
         return count
+
+    async def wait(self) -> None:
+        """TLS may hold something already, and only `receive` finds it."""
 
     def send_now(self, parts: list[memoryview]) -> list[memoryview]:
         return parts
