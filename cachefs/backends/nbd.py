@@ -226,9 +226,9 @@ class Nbd:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._flush_when_forced, trio.current_time() + _FORCED_S)
             await trio.sleep(_FORCED_S)
-            self._client.drop_all("the stop was forced")  # a flush that was sent waits for its answer or for this
+            self._drop_all("the stop was forced")  # a flush that was sent waits for its answer or for this
         await trio.sleep(_FORCED_S)
-        self._client.drop_all("the stop was forced")
+        self._drop_all("the stop was forced")
 
     async def _flush_when_forced(self, ends_at: float) -> None:
         with trio.move_on_at(ends_at) as scope, suppress(BackendError):  # who closes the disk sees it too
@@ -321,9 +321,14 @@ class Nbd:
         assert self._child is not None
         async with self._ending:
             if self._child.pid and self._child.started_at <= started_before:
-                self._client.drop_all("its server is started anew")  # nbdkit waits until its clients are gone
+                self._drop_all("its server is started anew")  # nbdkit waits until its clients are gone
                 await self._child.end(_END_GRACE_S)
                 self._child.ensure_running()
+
+    def _drop_all(self, reason: str) -> None:
+        """Give every connection up; what is unflushed, and what was under way, is sent again over others."""
+        self._recovery.lost(reason)
+        self._client.drop_all(reason)
 
     def _trouble(self) -> str:
         return self._client.trouble

@@ -256,6 +256,8 @@ class Recovery:
         """In the step that sends the first byte of *request*. Raises: what makes its sender wait."""
         token = request.token
         if request.command is Command.FLUSH:
+            if not self.is_sound:
+                raise _Barred
             self._is_flush_under_way = True
             return
         if isinstance(token, Change):
@@ -365,9 +367,12 @@ class Recovery:
         answered, losses = self._unflushed.answered, self._losses
         request = Request(Command.FLUSH)
         if self._flushes:
-            await self._client.ask(request, give_up=False)  # for its error has to be heard
+            try:
+                await self._client.ask(request, give_up=False)  # for its error has to be heard
+            except _Barred:
+                return
         if losses != self._losses:
-            return  # it may not vouch for what was answered over a connection that is lost
+            return  # it may not vouch for what was answered over a connection that is lost; all of that is sent again
         self._is_flush_under_way = False
         if request.error:
             self._begin("a flush failed")  # a server that could not write may have dropped it, as a kernel does

@@ -117,9 +117,11 @@ async def opened(
 ) -> AsyncIterator[tuple[Nbd, Server]]:
     """The backend and the server of its first connection, the sample of a read-only one already taken.
 
-    survivors: what a daemon before has left, of the same options and state_dir.
+    survivors: what a daemon before has left, of the same options and state_dir. command, among the options: started in place
+    of a server, which the network plays all the same.
     """
-    config = NbdConfig.model_validate({"uri": "nbd://store/disk", **options})
+    uri = {} if "command" in options else {"uri": "nbd://store/disk"}
+    config = NbdConfig.model_validate({**uri, **options})
     forced_stop = trio.Event() if forced_stop is None else forced_stop
     survivors = Survivors() if survivors is None else survivors
     server: Server | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from cachefs.backends.nbd import Nbd
 from cachefs.errors import BackendTimeout, NoSpaceError, PermanentError, StoreError
 from cachefs.layers.base import Environment
 from cachefs.nbd.client import DEPTH
@@ -325,6 +326,35 @@ async def test_a_flush_is_asked_for_again_when_another_connection_was_lost_meanw
         assert flushing.raised is None
 
 
+async def test_a_flush_that_waited_for_a_connection_comes_behind_what_is_to_be_sent_again(
+    network: Network, autojump_clock: MockClock
+) -> None:
+    """Its answer counted for nothing, its error neither: what a failed flush dropped in between was vouched for by the next."""
+    async with opened(network) as (disk, server), trio.open_nursery() as nursery:
+        await done(server, disk.write, 0, memoryview(b"before"))
+        filling = [Reading(disk, 1, 1) for _ in range(DEPTH)]
+        for reading in filling:
+            nursery.start_soon(reading.run)
+        await wait_all_tasks_blocked()
+        flushing = start(nursery, disk.flush)
+        await wait_all_tasks_blocked()
+        for reading in filling:
+            reading.scope.cancel()
+        server.close()
+        second = await network.accept()
+        again = await second.hear()
+        assert again.data == b"before"
+        await wait_all_tasks_blocked()
+        with pytest.raises(BlockingIOError):  # nothing else yet
+            second.stream.socket._sock.recv(1)
+        await second.answer(again)
+        heard = await second.hear()
+        assert heard.command == FLUSH
+        await second.answer(heard)
+        await wait_all_tasks_blocked()
+        assert (flushing.is_done, flushing.raised) == (True, None)
+
+
 async def _who_hears(*servers: Server) -> Server:
     """The one to which something was sent."""
     found: list[Server] = []
@@ -459,6 +489,46 @@ async def test_a_server_without_flush_is_asked_for_fua_and_believed(network: Net
         second = await network.accept()
         await wait_all_tasks_blocked()
         assert (await done(second, disk.trim, 0, 4096)).flags == FUA
+
+
+# ---- a server of our own
+
+
+async def test_what_was_sent_before_a_silent_server_was_ended_is_sent_again(network: Network) -> None:
+    """Over another connection, between the moment in which the silence was noticed and the end of the server."""
+    network.export = MULTI
+    sent: list[bytes] = []
+
+    async def serve(server: Server) -> None:
+        with suppress(AssertionError, OSError, trio.BrokenResourceError):
+            while True:
+                heard = await server.hear()
+                sent.append(heard.data)
+                await server.answer(heard, bytes(4) if heard.command == READ else b"")
+
+    async def write_at_the_loss(disk: Nbd) -> None:
+        while not disk.statistics().values["lost_connections"]:
+            await trio.lowlevel.checkpoint()
+        await disk.write(0, memoryview(b"abcd"))
+
+    async with (
+        opened(network, command=["sleep", "infinity"], connections=2, timeout="300ms") as (disk, silent),
+        trio.open_nursery() as nursery,
+    ):
+        other = await network.accept()
+        await wait_all_tasks_blocked()
+        reading = Reading(disk, 0, 4)
+        nursery.start_soon(reading.run)
+        await silent.hear()
+        with trio.fail_after(20):
+            async with trio.open_nursery() as writing:
+                writing.start_soon(write_at_the_loss, disk)
+                assert (await other.hear()).data == b"abcd"
+                for _ in range(2):
+                    nursery.start_soon(serve, await network.accept())
+        assert b"abcd" in sent
+        await disk.flush()
+        nursery.cancel_scope.cancel()
 
 
 # ---- how long
