@@ -121,6 +121,7 @@ class Recovery:
         if len(unflushed):  # of a daemon that died: its clients ask again for what was not answered
             self._abandoned.update(change for change in unflushed if not change.is_answered)
             self._in_flight.update(change for change in unflushed if change.was_under_way)
+            self._is_flush_under_way = unflushed.may_flush
             self.lost("taken over from the daemon before")
             self._fenced_from = opened_at
 
@@ -187,7 +188,7 @@ class Recovery:
                 await self._fence(since)
                 self._needs_fence = self._fenced_from != since
             elif self._is_flush_lost:
-                self._is_flush_lost = False
+                self._is_flush_lost = self._unflushed.may_flush = False
                 self._begin("a flush was not answered")
             elif not self._in_flight.isdisjoint(self._due):  # a flush failed, and their connections live
                 await self._progress.park()
@@ -258,7 +259,7 @@ class Recovery:
         if request.command is Command.FLUSH:
             if not self.is_sound:
                 raise _Barred
-            self._is_flush_under_way = True
+            self._is_flush_under_way = self._unflushed.may_flush = True
             return
         if isinstance(token, Change):
             if token in self._abandoned:
@@ -373,7 +374,7 @@ class Recovery:
                 return
         if losses != self._losses:
             return  # it may not vouch for what was answered over a connection that is lost; all of that is sent again
-        self._is_flush_under_way = False
+        self._is_flush_under_way = self._unflushed.may_flush = False
         if request.error:
             self._begin("a flush failed")  # a server that could not write may have dropped it, as a kernel does
             raise PermanentError(self._name, f"flush: the server says: {request.reason}")

@@ -7,6 +7,8 @@ instant: data first, then the fields of its slot, then the slot's state, one byt
              |       '--> SENT_AGAIN -> ANSWERED
              '--> FREE when the server refused it, or when nobody wants it any more
 
+Beside them stands whether a flush is under way: one that nobody hears of may fail, and drop what a successor has sent again.
+
 Data is laid out in a ring, in the order of sending. Pure bookkeeping: no I/O, no clock, one event loop.
 """
 
@@ -20,7 +22,10 @@ from collections.abc import Iterable, Iterator
 
 from cachefs.errors import FormatError
 
-_SLOT = struct.Struct("<BB6xQQQQ")  # state, kind, sequence, offset, length, position of the data
+_SLOT = struct.Struct(
+    "<BBB5xQQQQ"
+)  # state, kind, flush (of the first one), sequence, offset, length, position of the data
+_FLUSH = 2  # where that stands
 _FREE, _SENT, _ANSWERED, _SENT_AGAIN = 0, 1, 2, 3
 _BYTES_PER_SLOT = 4096  # of data: guests write little less at once
 
@@ -96,7 +101,7 @@ class Unflushed:
     def _load(self, slots: int) -> None:
         found: list[tuple[int, int, Change]] = []
         for slot in range(slots):
-            state, kind, sequence, offset, length, position = _SLOT.unpack_from(self._slots, slot * _SLOT.size)
+            state, kind, _, sequence, offset, length, position = _SLOT.unpack_from(self._slots, slot * _SLOT.size)
             if state == _FREE:
                 self._free.append(slot)
                 continue
@@ -114,6 +119,15 @@ class Unflushed:
             self.used_bytes += len(change.data or b"")
             if state != _SENT:
                 self._count_answer(change)
+
+    @property
+    def may_flush(self) -> bool:
+        """Whether a flush was sent that may fail yet, for all that is known."""
+        return bool(self._slots[_FLUSH])
+
+    @may_flush.setter
+    def may_flush(self, may: bool) -> None:
+        self._slots[_FLUSH] = may
 
     def __iter__(self) -> Iterator[Change]:
         """The oldest first."""
@@ -135,7 +149,9 @@ class Unflushed:
         change = Change(kind, offset, length, kept, position, slot)
         self._sequence += 1
         at = slot * _SLOT.size
-        _SLOT.pack_into(self._slots, at, _FREE, kind, self._sequence, offset, length, position)
+        _SLOT.pack_into(
+            self._slots, at, _FREE, kind, self._slots[at + _FLUSH], self._sequence, offset, length, position
+        )
         self._slots[at] = _SENT
         self._changes.append(change)
         self._head = position + size
