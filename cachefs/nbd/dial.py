@@ -11,14 +11,14 @@ from cachefs.nbd.address import Address
 from cachefs.nbd.client import Dial
 from cachefs.nbd.handshake import Export, Receive, RefusedError, Send, negotiate
 from cachefs.nbd.protocol import ProtocolError
-from cachefs.nbd.transport import Plain, Tls, Transport, no_delay
+from cachefs.nbd.transport import Plain, Tls, Transport, forget_unsent, no_delay
 
 
 def dialer(address: Address, context: ssl.SSLContext | None) -> Dial:
     """*context*: for TLS, with the certificates in it."""
 
     async def dial() -> tuple[Transport, Export]:
-        plain = Plain(await _connected_socket(address))
+        plain = Plain(await connected_socket(address))
         try:
             return await greet(plain, address, context)
         except BaseException:
@@ -28,13 +28,15 @@ def dialer(address: Address, context: ssl.SSLContext | None) -> Dial:
     return dial
 
 
-async def _connected_socket(address: Address) -> socket.socket:
+async def connected_socket(address: Address) -> socket.socket:
+    """Whatever ends it, the end of this process too, resets it: a fence of a successor counts from there. Raises: OSError."""
     if address.socket:
         stream = await trio.open_unix_socket(address.socket)
     else:
         stream = await trio.open_tcp_stream(address.host, address.port)
     connected = socket.socket(fileno=stream.socket.detach())
     no_delay(connected)
+    forget_unsent(connected)
     return connected
 
 
