@@ -119,7 +119,9 @@ class Nbd:
 
     Config = NbdConfig
 
-    def __init__(self, name: str, config: NbdConfig, address: Address, dial: Dial, child: Child | None = None) -> None:
+    def __init__(
+        self, name: str, config: NbdConfig, address: Address, dial: Dial, child: Child | None, *, writable: bool
+    ) -> None:
         self.name = name
         self._address = address
         self._config = config
@@ -134,7 +136,7 @@ class Nbd:
         self._client = Client(
             name,
             dial,
-            Limits(config.connections, config.connect_timeout, config.deadline),
+            Limits(config.connections, config.connect_timeout, config.deadline, writable),
             patience=self._patience,
             breaker=self._insistence.breaker,
             on_lost=self._lost,
@@ -170,7 +172,8 @@ class Nbd:
         cls, name: str, config: NbdConfig, env: Environment, dial: Dial | None, child: Child | None, opened_at: float
     ) -> AsyncIterator[Nbd]:
         address = parse_uri(config.uri or "") if child is None else child.address
-        backend = cls(name, config, address, dial or _dialer(name, config, address), child)
+        dial = dial or _dialer(name, config, address)
+        backend = cls(name, config, address, dial, child, writable=env.writable)
         problem: CachefsError | None = None
         async with _memory(name, config, env) as unflushed:
             first = await backend._connect_first(env)

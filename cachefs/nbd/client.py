@@ -31,11 +31,15 @@ Dial = Callable[[], Awaitable[tuple[Transport, Export]]]
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds, and a number. connect_s: for each try to connect. longest_s: for the oldest request in flight."""
+    """Seconds, and a number. connect_s: for each try to connect. longest_s: for the oldest request in flight.
+
+    writable: whether there will be changes; only then it counts which ones a server takes that comes back.
+    """
 
     connections: int = 1
     connect_s: float = 5.0
     longest_s: float = 60.0
+    writable: bool = True
 
 
 class Client:
@@ -163,10 +167,9 @@ class Client:
         except (TransientError, RefusedError) as exc:  # an export may be away while its server starts
             log.debug("%s: %s", self._name, exc.detail)
             return None
-        if not _is_same(connection.export, expected):
-            self.trouble = (
-                f"the export is another one now ({connection.export.size} bytes, it had {expected.size}): mount it anew"
-            )
+        difference = _difference(connection.export, expected, writable=self._limits.writable)
+        if difference:
+            self.trouble = f"the export is another one now ({difference}): mount it anew"
             connection.drop(self.trouble)
             return None
         return connection
@@ -239,12 +242,18 @@ class Client:
         return best
 
 
-def _is_same(export: Export, expected: Export) -> bool:
-    """Whether what was promised upwards at open holds for *export* too."""
-    kept = Flag.READ_ONLY | Flag.SEND_FLUSH | Flag.SEND_WRITE_ZEROES
-    return (
-        export.size == expected.size
-        and export.flags & kept == expected.flags & kept
-        and export.minimum <= expected.minimum
-        and export.maximum >= expected.maximum
-    )
+def _difference(export: Export, expected: Export, *, writable: bool) -> str:
+    """What was promised upwards at open, or is relied on, and does not hold for *export*; empty where all of it does."""
+    if export.size != expected.size:
+        return f"{export.size} bytes, it had {expected.size}"
+    if export.minimum > expected.minimum or export.maximum < expected.maximum:
+        limits = f"{expected.minimum} to {expected.maximum}"
+        return f"requests of {export.minimum} to {export.maximum} bytes, it took {limits}"
+    if not writable:
+        return ""
+    needed = Flag.SEND_WRITE_ZEROES | Flag.CAN_MULTI_CONN  # a flush has to vouch for all connections
+    if Flag.SEND_FLUSH not in expected.flags:
+        needed |= Flag.SEND_FUA
+    changed = export.flags ^ expected.flags
+    wrong = changed & (Flag.READ_ONLY | Flag.SEND_FLUSH | (needed & expected.flags))
+    return f"it differs in {', '.join(str(flag.name) for flag in Flag if flag & wrong)}" if wrong else ""

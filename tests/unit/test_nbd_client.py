@@ -40,6 +40,8 @@ from cachefs.testing.nbdscript import (
 
 pytestmark = pytest.mark.logs("connection lost, making a new one")
 
+MULTI = FLAGS | Flag.CAN_MULTI_CONN
+
 
 @pytest.fixture
 def network() -> Network:
@@ -250,7 +252,7 @@ async def test_nothing_is_sent_in_the_middle_of_what_is_being_sent(network: Netw
 
 
 async def test_reads_without_a_task_fill_a_socket_and_go_on_when_there_is_room(network: Network) -> None:
-    network.export = replace(EXPORT, flags=FLAGS | Flag.CAN_MULTI_CONN)
+    network.export = replace(EXPORT, flags=MULTI)
     async with opened(network, connections=2) as (disk, server):
         other = await network.accept()
         for one in network.all:
@@ -266,7 +268,7 @@ async def test_reads_without_a_task_fill_a_socket_and_go_on_when_there_is_room(n
 
 
 async def test_long_reads_go_over_several_connections_and_a_few_short_ones_over_one(network: Network) -> None:
-    network.export = replace(EXPORT, flags=FLAGS | Flag.CAN_MULTI_CONN)
+    network.export = replace(EXPORT, flags=MULTI)
     async with opened(network, connections=2) as (disk, server):
         other = await network.accept()
         await wait_all_tasks_blocked()
@@ -277,7 +279,7 @@ async def test_long_reads_go_over_several_connections_and_a_few_short_ones_over_
         read_later(disk, 1, SIZE - 1)
         assert (await other.hear()).length == SIZE - 1
     network = Network()
-    network.export = replace(EXPORT, flags=FLAGS | Flag.CAN_MULTI_CONN)
+    network.export = replace(EXPORT, flags=MULTI)
     async with opened(network, connections=2) as (disk, server):
         other = await network.accept()
         await wait_all_tasks_blocked()
@@ -402,15 +404,38 @@ async def test_server_that_answers_others_is_not_silent(
         assert disk.statistics().values["lost_connections"] == 0
 
 
-async def test_export_that_has_another_size_after_the_reconnection_is_not_used(
-    network: Network, autojump_clock: trio.testing.MockClock
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"size": 2 * SIZE}, f"{2 * SIZE} bytes, it had {SIZE}"),
+        ({"maximum": 4096}, "requests of 1 to 4096 bytes, it took 1 to 33554432"),
+        ({"flags": FLAGS}, "it differs in CAN_MULTI_CONN"),  # a flush would not vouch for all connections any more
+        ({"flags": MULTI & ~Flag.SEND_FLUSH}, "it differs in SEND_FLUSH"),
+        ({"flags": MULTI | Flag.READ_ONLY}, "it differs in READ_ONLY"),
+    ],
+)
+async def test_export_that_is_another_one_after_the_reconnection_is_not_used(
+    network: Network, autojump_clock: trio.testing.MockClock, change: dict[str, Any], what: str
 ) -> None:
-    async with opened(network, deadline="10s") as (disk, server):
-        network.export = replace(EXPORT, size=2 * SIZE)
+    network.export = replace(EXPORT, flags=MULTI)
+    async with opened(network, deadline="10s", connections=1) as (disk, server):
+        network.export = replace(network.export, **change)
         server.close()
         with pytest.raises(BackendTimeout):
             await disk.read_into(0, memoryview(bytearray(8)))
-        assert "another one now" in str(disk.statistics().values["trouble"])
+        assert disk.statistics().values["trouble"] == f"the export is another one now ({what}): mount it anew"
+
+
+async def test_a_disk_that_is_not_written_needs_no_flush_of_a_server_that_comes_back(network: Network) -> None:
+    async with opened(network, writable=False) as (disk, server):
+        network.export = replace(EXPORT, flags=Flag.HAS_FLAGS | Flag.READ_ONLY)
+        server.close()
+        reading = Reading(disk, 0, 4)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reading.run)
+            second = await network.accept()
+            await second.answer(await second.hear(), b"base")
+        assert reading.buffer == b"base"
 
 
 # ---- opening

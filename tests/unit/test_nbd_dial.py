@@ -24,7 +24,7 @@ time.sleep(1000)
 
 
 def test_what_a_killed_daemon_has_not_sent_is_not_sent_after_its_death() -> None:
-    """The kernel goes on for minutes, in a network that was away: behind the fence of a successor, over what that has written."""
+    """The kernel goes on for minutes where the network is away: it would arrive behind the fence of a successor."""
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         listening.bind(("127.0.0.1", 0))
