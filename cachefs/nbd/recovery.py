@@ -32,10 +32,10 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from cachefs.errors import CachefsError, PermanentError
+from cachefs.errors import CachefsError, PermanentError, TransientError
 from cachefs.nbd.client import Client
 from cachefs.nbd.connection import ConnectionLost
-from cachefs.nbd.protocol import FUA, NO_HOLE, Command, Request
+from cachefs.nbd.protocol import FUA, NO_HOLE, TRANSIENT_ERRORS, Command, Request
 from cachefs.nbd.unflushed import Change, Kind, Ranges, Unflushed, next_wave, without_superseded
 
 log = logging.getLogger(__name__)
@@ -177,8 +177,9 @@ class Recovery:
                 await self._resend()
             except CachefsError as exc:
                 self._work.set()
-                if not isinstance(exc, ConnectionLost):
+                if isinstance(exc, PermanentError):
                     self.note(exc)
+                if not isinstance(exc, ConnectionLost):
                     await trio.sleep(_RETRY_S)
 
     async def _wait_behind_fence(self) -> None:
@@ -243,7 +244,8 @@ class Recovery:
                 f"the server refuses {change.kind.name.lower()} {change.offset}+{change.length}, which it had "
                 f"acknowledged before: {request.reason}; it is kept, and sent again"
             )
-            errors.append(PermanentError(self._name, detail))
+            kind = TransientError if request.error in TRANSIENT_ERRORS else PermanentError
+            errors.append(kind(self._name, detail))
         else:
             self._drop(change)
             if writer is not None:

@@ -405,6 +405,24 @@ async def test_what_the_server_refuses_to_take_again_is_kept(network: Network, a
         assert disk.pending_error() is None
 
 
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.ESHUTDOWN])
+async def test_a_server_that_cannot_take_it_again_just_now_is_no_error_of_the_disk(
+    network: Network, autojump_clock: MockClock, error: int
+) -> None:
+    async with opened(network, fence="1s") as (disk, server):
+        await done(server, disk.write, 0, memoryview(b"abcd"))
+        server.close()
+        second = await network.accept()
+        await second.answer(await second.hear(), error=error)
+        third = await network.accept() if error == errno.ESHUTDOWN else second
+        again = await third.hear()
+        assert again.data == b"abcd"
+        assert disk.pending_error() is None
+        await third.answer(again)
+        await wait_all_tasks_blocked()
+        await done(third, disk.flush)
+
+
 async def test_one_that_is_refused_when_it_is_sent_again_fails_its_writer(
     network: Network, autojump_clock: MockClock
 ) -> None:
