@@ -227,9 +227,9 @@ def test_slot_of_an_unflushed_change_is_as_described() -> None:
     text = (FORMATS / "survivor.md").read_text().split("A slot:\n", 1)[1].split("\n## ", 1)[0]
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (.*) \|$", text, re.MULTILINE)
     found = [(int(offset), int(length)) for offset, length, _ in rows]
-    padding = (2, 6)
+    padding = (3, 5)
     assert [row for row in found if row != padding] == [
-        row for row in fields(unflushed._SLOT) if row[1] == 8 or row[0] < 2
+        row for row in fields(unflushed._SLOT) if row[1] == 8 or row[0] < 3
     ]
     assert "40 *S*" in (FORMATS / "survivor.md").read_text()
     assert unflushed._SLOT.size == 40
