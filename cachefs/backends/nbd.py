@@ -21,6 +21,7 @@ import shlex
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -97,7 +98,10 @@ class NbdConfig(ClientOptions):
 
     @property
     def remote_store(self) -> str | None:
-        return None if self.uri is None else f"export {parse_uri(self.uri)}"
+        if self.uri is None:
+            return f"what `{shlex.join(self.command or ())}` serves"
+        address = parse_uri(self.uri)
+        return f"export {replace(address, socket=os.path.realpath(address.socket)) if address.socket else address}"
 
     @pydantic.model_validator(mode="after")
     def _check_whole(self) -> NbdConfig:

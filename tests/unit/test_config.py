@@ -426,6 +426,8 @@ class TestStores:
             "a: {backend: {file: {path: i.raw}}}",
             "a: {backend: {nbd: {uri: nbd://h/x}}}, b: {backend: {nbd: {uri: nbd://h:10809/x, timeout: 1s}}}",
             "a: {backend: {nbd: {uri: nbd://h/x}}}, b: {layers: [cow], backend: {nbd: {uri: nbd://h/x}}}",
+            "a: {backend: {nbd: {uri: 'nbd+unix:///x?socket=/s'}}}, b: {backend: {nbd: {uri: 'nbd+unix:///x?socket=/d/../s'}}}",
+            "a: {backend: {nbd: {command: [s, f]}}}, b: {backend: {nbd: {command: [s, f], timeout: 1s}}}",
         ],
     )
     def test_shared_store_that_somebody_writes_is_refused(self, problems: Problems, disks: str) -> None:
