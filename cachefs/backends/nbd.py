@@ -308,7 +308,9 @@ class Nbd:
     # ---- failure
 
     def _patience(self) -> float:
-        """Seconds that the server may be silent while requests wait."""
+        """Seconds that the server may be silent while requests wait; none once a change or flush is beyond its deadline."""
+        if self._recovery.is_overdue(trio.current_time()):
+            return 0.0
         return self._risky_timeout_s if self._recovery.is_risky else self._timeout_s
 
     def _lost(self, why: ConnectionLost) -> None:
@@ -350,9 +352,10 @@ class Nbd:
 
     async def _change(self, kind: Kind, offset: int, length: int, data: memoryview | None = None) -> None:
         what = f"{kind.name.lower()} {offset}+{length}"
+        latest = trio.current_time() + self._insistence.patience_s
 
         async def attempt() -> None:
-            request = await self._recovery.change(kind, offset, length, data)
+            request = await self._recovery.change(kind, offset, length, data, latest)
             if request.error:
                 raise self._refusal(request, what)
 
@@ -395,8 +398,9 @@ class Nbd:
         await self._change(Kind.WRITE, offset, len(data), data)
 
     async def flush(self) -> None:
+        latest = trio.current_time() + self._insistence.patience_s
         try:
-            await self._insistence.insist(self._recovery.flush, "flush")
+            await self._insistence.insist(lambda: self._recovery.flush(latest), "flush")
         except BackendError as exc:
             self._recovery.note(exc)
             raise

@@ -28,6 +28,7 @@ is waited for, shielded, until it is answered or its connection lost; while it w
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
@@ -66,11 +67,14 @@ class _Unwanted(Exception):
 
 
 class _Writer:
-    """Whoever waits for a change. change: once its first byte was sent. settled: it was sent again, or refused."""
+    """Whoever waits for a change. latest: until then. change: once its first byte was sent. settled: it was sent again, or
+    refused.
+    """
 
-    def __init__(self, kind: Kind, data: memoryview | None) -> None:
+    def __init__(self, kind: Kind, data: memoryview | None, latest: float) -> None:
         self.kind = kind
         self.data = data
+        self.latest = latest
         self.change: Change | None = None
         self.settled = trio.Event()
         self.refusal: Request | None = None
@@ -108,6 +112,7 @@ class Recovery:
         self._due: list[Change] = []
         self._barred = Ranges(())
         self._is_flush_under_way = False
+        self._flush_latest = math.inf
         self._is_flush_lost = False
         self._needs_fence = False
         self._fenced_from = 0.0
@@ -133,6 +138,12 @@ class Recovery:
     def is_risky(self) -> bool:
         """Whether the loss of a connection now would have to be fenced."""
         return bool(self._in_flight) or self._is_flush_under_way
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether somebody waits for what is under way, and should not any more: it is not taken back from a connection."""
+        return any(writer.latest <= now for writer in self._writers.values()) or (
+            self._is_flush_under_way and self._flush_latest <= now
+        )
 
     @property
     def is_flushed(self) -> bool:
@@ -295,10 +306,15 @@ class Recovery:
         """Whether something overlaps that is to be sent again first."""
         return bool(self._due) and self._barred.overlap(offset, length)
 
-    async def change(self, kind: Kind, offset: int, length: int, data: memoryview | None) -> Request:
-        """Make a change and return its request, answered. Raises: ConnectionLost when nothing of it was sent."""
+    async def change(
+        self, kind: Kind, offset: int, length: int, data: memoryview | None, latest: float = math.inf
+    ) -> Request:
+        """Make a change and return its request, answered. latest: see `is_overdue`.
+
+        Raises: ConnectionLost when nothing of it was sent.
+        """
         while True:
-            writer = _Writer(kind, data)
+            writer = _Writer(kind, data, latest)
             request = self._request(kind, offset, length, writer)
             try:
                 await self._client.ask(request, data, give_up=False)
@@ -306,7 +322,7 @@ class Recovery:
             except _Barred:
                 await self._wait_until_clear(offset, length)
             except _NoRoom:
-                await self._make_room()
+                await self._make_room(latest)
             except ConnectionLost:
                 if writer.change is None:
                     raise
@@ -346,23 +362,25 @@ class Recovery:
             if not writer.settled.is_set():  # cancelled
                 self._abandoned.add(change)
 
-    async def _make_room(self) -> None:
+    async def _make_room(self, latest: float) -> None:
         """Returns when something that was kept may be gone."""
         if self._unflushed.answered > self._flushed:
-            await self.flush()
+            await self.flush(latest)
         else:
             await self._progress.park()
 
     # ---- flush
 
-    async def flush(self) -> None:
+    async def flush(self, latest: float = math.inf) -> None:
         """Returns when everything that was answered before is durable; after an error the next one tries again.
 
+        latest: see `is_overdue`.
         Raises: ConnectionLost; PermanentError when the server cannot.
         """
         wanted = self._unflushed.answered
         async with self._flushing:
             while self._flushed < wanted:
+                self._flush_latest = latest
                 await self._flush_now()
 
     async def _flush_now(self) -> None:

@@ -616,6 +616,44 @@ async def test_at_the_deadline_requests_fail_then_at_once_until_the_store_is_bac
         assert disk.pending_error() is None
 
 
+@pytest.mark.logs("flush: not done within")
+@pytest.mark.parametrize("operation", ["write", "flush"])
+async def test_what_was_sent_late_and_is_not_answered_fails_at_the_deadline_of_its_request(
+    network: Network, autojump_clock: MockClock, operation: str
+) -> None:
+    """It is not taken back from a connection, and the connection was given half a fence, or a deadline, from then on."""
+    async with opened(network, deadline="30s", fence="60s") as (disk, server), trio.open_nursery() as nursery:
+        if operation == "flush":
+            await done(server, disk.write, 8, memoryview(b"kept"))
+        network.trouble = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        server.close()
+        await trio.sleep(1)
+        late = start(nursery, *((disk.flush,) if operation == "flush" else (disk.write, 0, memoryview(b"late"))))
+        began = trio.current_time()
+        await trio.sleep(15)
+        network.trouble = None
+        second = await network.accept()
+        if operation == "flush":
+            await second.answer(await second.hear())
+        assert (await second.hear()).command == (FLUSH if operation == "flush" else WRITE)
+        for _ in range(32 - int(trio.current_time() - began)):  # it goes on with other things
+            reading = Reading(disk, 512, 4)
+            nursery.start_soon(reading.run)
+            with suppress(AssertionError):
+                await second.answer(await second.hear(), b"read")
+            await trio.sleep(1)
+        assert isinstance(late.raised, BackendTimeout)
+        third = await network.accept()
+        while operation == "flush" and disk.statistics().values["unflushed_bytes"]:
+            heard = await third.hear(limit_s=100)
+            await third.answer(heard, b"read" if heard.command == READ else b"")
+            if heard.command == WRITE:
+                await wait_all_tasks_blocked()
+                start(nursery, disk.flush)
+            await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("command", ["read", "write", "extents"])
 async def test_a_server_that_shuts_down_is_left_and_asked_again(
     network: Network, autojump_clock: MockClock, command: str
