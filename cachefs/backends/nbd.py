@@ -162,7 +162,8 @@ class Nbd:
             opened_at = trio.current_time()
             child = None
             if config.command is not None:
-                child = await stack.enter_async_context(Child.open(name, config.command, env.state_dir))
+                opening = Child.open(name, config.command, env.state_dir, env.forced_stop)
+                child = await stack.enter_async_context(opening)
             try:
                 backend = await stack.enter_async_context(cls._open_over(name, config, env, dial, child, opened_at))
             finally:

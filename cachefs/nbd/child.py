@@ -107,10 +107,13 @@ class Child:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, name: str, command: Sequence[str], state_dir: Path) -> AsyncIterator[Child]:
+    async def open(
+        cls, name: str, command: Sequence[str], state_dir: Path, forced_stop: trio.Event | None = None
+    ) -> AsyncIterator[Child]:
         """The server, started; on exit it is gone. To be called in the thread that lives as long as the daemon.
 
-        What an earlier daemon left running for *name* is ended first. Cancelled, it gives the server little time to end.
+        What an earlier daemon left running for *name* is ended first. Cancelled, or once *forced_stop* is set, it gives the
+        server little time to end.
         Raises: StoreError when the command is not there.
         """
         for program in ("setpriv", command[0]):
@@ -132,7 +135,7 @@ class Child:
                     finally:
                         is_forced = trio.current_effective_deadline() == -math.inf
                         with trio.CancelScope(shield=True):
-                            await child.end(_FORCED_GRACE_S if is_forced else GRACE_S)
+                            await child._end_at_last(is_forced, forced_stop)
                         scope.cancel()
             finally:
                 os.close(child._log_end)
@@ -181,6 +184,19 @@ class Child:
             log.warning("%s: the server did not end within %.1f s: killed", self.name, grace_s)
             self._signal(signal.SIGKILL)
             await gone.wait()
+
+    async def _end_at_last(self, is_forced: bool, forced_stop: trio.Event | None) -> None:
+        async with trio.open_nursery() as nursery:
+            if forced_stop is not None:
+                nursery.start_soon(self._hasten_the_end, forced_stop)
+            await self.end(_FORCED_GRACE_S if is_forced else GRACE_S)
+            nursery.cancel_scope.cancel()
+
+    async def _hasten_the_end(self, forced_stop: trio.Event) -> None:
+        await forced_stop.wait()
+        await trio.sleep(_FORCED_GRACE_S)
+        log.warning("%s: the stop was forced, and the server did not end: killed", self.name)
+        self._signal(signal.SIGKILL)
 
     def ensure_running(self) -> None:
         """Have it started again after `end`; nothing where it runs or is about to be started."""

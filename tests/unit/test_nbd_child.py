@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from cachefs.errors import LockedError, StoreError
 from cachefs.nbd.child import Child
@@ -232,6 +233,27 @@ async def test_end_waits_for_a_server_that_takes_its_time(tmp_path: Path) -> Non
             assert not ended.is_set()
             writer.close()
         assert ended.is_set()
+
+
+@pytest.mark.logs("the stop was forced")
+@pytest.mark.parametrize("when", ["before the end", "while it is waited for"])
+async def test_forced_stop_does_not_wait_for_a_server_that_hangs(
+    tmp_path: Path, server: Callable[..., list[str]], when: str
+) -> None:
+    forced = trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        async def force() -> None:
+            await wait_all_tasks_blocked(0.05)
+            forced.set()
+
+        async with Child.open("vm/nbd", server("deaf"), tmp_path, forced) as child:
+            await served(child)
+            if when == "before the end":
+                forced.set()
+            else:
+                nursery.start_soon(force)
+    assert child.pid == 0
 
 
 @pytest.mark.logs("did not end within")
