@@ -24,7 +24,8 @@ from typing import Any
 
 import trio
 
-from cachefs.backends.nbd import ClientOptions, Nbd, NbdConfig
+from cachefs.backends.nbd import Nbd
+from cachefs.backends.nbdoptions import ClientOptions, NbdConfig
 from cachefs.errors import StoreError
 from cachefs.layers.base import Environment
 from cachefs.store.identity import Identity

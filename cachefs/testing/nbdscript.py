@@ -14,7 +14,8 @@ from typing import Any
 
 import trio
 
-from cachefs.backends.nbd import Nbd, NbdConfig
+from cachefs.backends.nbd import Nbd
+from cachefs.backends.nbdoptions import NbdConfig
 from cachefs.layers.base import Environment
 from cachefs.nbd.handshake import Export, Flag
 from cachefs.nbd.transport import Plain, Transport

@@ -20,7 +20,8 @@ import pytest
 
 from cachefs.backends.file import File, FileConfig
 from cachefs.backends.memory import CHUNK, Memory, MemoryConfig
-from cachefs.backends.nbd import Nbd, NbdConfig
+from cachefs.backends.nbd import Nbd
+from cachefs.backends.nbdoptions import NbdConfig
 from cachefs.backends.qcow2 import Qcow2, Qcow2Config
 from cachefs.config import LayerSpec, load
 from cachefs.graph import open_stack

@@ -23,7 +23,8 @@ import pytest
 import trio
 import trio.testing
 
-from cachefs.backends.nbd import Nbd, NbdConfig
+from cachefs.backends.nbd import Nbd
+from cachefs.backends.nbdoptions import NbdConfig
 from cachefs.errors import BackendError
 from cachefs.layers.base import Environment
 from cachefs.nbd.handshake import Export, Flag

@@ -19,7 +19,8 @@ import trio
 from nbdservers import free_port
 from trio.testing import wait_all_tasks_blocked
 
-from cachefs.backends.nbd import Nbd, NbdConfig
+from cachefs.backends.nbd import Nbd
+from cachefs.backends.nbdoptions import NbdConfig
 from cachefs.errors import BackendTimeout, StoreError
 from cachefs.layers.base import Environment
 from cachefs.nbd.client import CROWD, DEPTH

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cachefs.backends.nbd import Nbd, NbdConfig
+from cachefs.backends.nbd import Nbd
+from cachefs.backends.nbdoptions import NbdConfig
 from cachefs.extent import Extent, ExtentKind, merge_extents
 from cachefs.layers.base import Environment
 from cachefs.nbd import protocol
