@@ -8,7 +8,11 @@ from typing import Any
 from unittest import mock
 
 from cachefs import survivor
+from cachefs.layers.coalesce import Coalesce
+from cachefs.nbd.unflushed import Change, Unflushed
+from cachefs.pool.summap import SumMap
 from cachefs.store.blockmap import BlockMap
+from cachefs.store.clusters import Slot
 from cachefs.store.sectors import DirtySectors, SectorCopies
 
 Patch = tuple[Any, str, Callable[..., Any]]
@@ -34,21 +38,24 @@ def _written_before_zero(states: BlockMap, start: int, end: int) -> None:
     states._mark_dirty(start, end)
     before = states.written.count(1, start, end)
     states.written[start:end] = False
-    _some_lines()
     states.zero[start:end] = True
     states.data_blocks -= before
 
 
-def _some_lines() -> int:
-    """Wide enough for a sample of the steps to hit it."""
-    number = 0
-    number += 1
-    number += 1
-    number += 1
-    number += 1
-    number += 1
-    number += 1
-    return number
+def _forget_answered(changes: Unflushed, change: Change) -> None:
+    _answer(changes, change)
+    changes.drop(change)
+
+
+async def _free_before_written(layer: Coalesce, slot: Slot, start: int, end: int) -> None:
+    data, offset = bytes(slot.data[start:end]), slot.cluster * layer.clusters.cluster_size + start
+    slot.drop(start, end)
+    await layer.child.write(offset, memoryview(data))
+
+
+def _forget_evictions(states: SumMap, touched: Callable[..., Any]) -> list[int]:
+    _take_over(states, touched)
+    return []
 
 
 def _any_epoch(path: object) -> int:
@@ -56,11 +63,15 @@ def _any_epoch(path: object) -> int:
 
 
 _begin_round, _set_data = DirtySectors.begin_round, BlockMap.set_data
+_answer, _take_over = Unflushed.answer, SumMap.take_over
 
 MUTANTS: dict[str, tuple[Patch, ...]] = {
     "dirty-bits-dropped": ((DirtySectors, "begin_round", _drop_dirty_bits),),
     "map-before-dirty-bit": ((BlockMap, "set_data", _map_before_dirty_bit),),
     "written-cleared-before-zero": ((BlockMap, "set_zero", _written_before_zero),),
+    "forgotten-when-answered": ((Unflushed, "answer", _forget_answered),),
+    "freed-before-written": ((Coalesce, "_write_below", _free_before_written),),
+    "evictions-forgotten": ((SumMap, "take_over", _forget_evictions),),
     "epoch-not-looked-at": ((survivor, "read_epoch", _any_epoch), (survivor, "bump_epoch", _any_epoch)),
 }
 
