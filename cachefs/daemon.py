@@ -40,7 +40,7 @@ from cachefs.fuse.spill import Spill
 from cachefs.graph import refuse_inside
 from cachefs.mountstate import MountState
 from cachefs.nbd.child import kill_servers
-from cachefs.notify import barrier, has_keeper, notify
+from cachefs.notify import barrier, has_keeper, notify, say
 from cachefs.survivor import Survivors
 
 log = logging.getLogger(__name__)
@@ -294,7 +294,7 @@ class Daemon:
         """To the keeper, which may restart a daemon that does not; and see whether it lives itself."""
         while True:
             await trio.sleep(ALIVE_S)
-            if self._survivors.keeper_answers and not notify(WATCHDOG="1"):
+            if self._survivors.keeper_answers and not say(WATCHDOG="1"):
                 self._survivors.keeper_answers = False
                 log.error("whoever keeps this daemon alive has died: the mount will not outlive the daemon any more")
 
@@ -392,7 +392,7 @@ class Daemon:
                 else:
                     self._draining = True
                     self._state.drain()
-                    notify(STATUS="draining")
+                    say(STATUS="draining")
                     nursery.start_soon(self._drain)
 
     async def _drain(self) -> None:
@@ -409,7 +409,7 @@ class Daemon:
             if waits != said:
                 said = waits
                 log.warning("still serving %s: waiting for %s", self.mountpoint, waits)
-            notify(STATUS=f"draining: waiting for {waits}", EXTEND_TIMEOUT_USEC="10000000")
+            say(STATUS=f"draining: waiting for {waits}", EXTEND_TIMEOUT_USEC="10000000")
             await trio.sleep(DRAIN_LOOK_S)
 
     def _force(self, everything: trio.CancelScope, requests: trio.CancelScope) -> None:

@@ -134,10 +134,13 @@ class Survivors:
     def keep(self, descriptors: Mapping[str, int]) -> None:
         """Have the keeper hold *descriptors*, in place of what it had under these names; on return it has.
 
-        They stay the caller's, who says `drop` before it closes one.
+        They stay the caller's, who says `drop` before it closes one. What it has already is not sent again.
         """
         with self._lock:
-            for name, descriptor in descriptors.items():
+            new = {name: descriptor for name, descriptor in descriptors.items() if self._kept.get(name) != descriptor}
+            if descriptors and not new:
+                return
+            for name, descriptor in new.items():
                 if name in self._kept:
                     notify.notify(FDSTOREREMOVE="1", FDNAME=name)
                 self._kept[name] = descriptor

@@ -106,8 +106,7 @@ class StoreFiles:
                 name = f"{name}.{header.uuid}"
                 self._descriptors[name] = self._open(path / part, name)
             _, data, map_file, *self._witnesses = self._descriptors.values()
-            if not self.inherited:
-                refuse_held(path, data)
+            refuse_held(path, data)  # no news where the descriptor is a predecessor's: the lock came with it
             self.data = LocalFile(data, header.size, inline_writes=inline_writes)
             self.map_file = LocalFile(map_file, files.map_size(header))
         except BaseException:
@@ -131,9 +130,11 @@ class StoreFiles:
         return descriptor
 
     def keep(self) -> None:
-        """The memory says all that it has to: from here on a successor may go on with it."""
-        if not self.inherited:
-            self.survivors.keep(self._descriptors)
+        """The memory says all that it has to: from here on a successor may go on with it.
+
+        A predecessor may have been killed before it had kept everything.
+        """
+        self.survivors.keep(self._descriptors)
 
     def ask_witnesses(self) -> None:
         """Raises: OSError when the kernel has failed to write something out since the store was opened."""

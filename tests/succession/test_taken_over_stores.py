@@ -178,3 +178,16 @@ async def test_a_store_that_is_closed_unflushed_gives_its_memory_to_the_next_one
     async with open_cow(tmp_path, survivors, ephemeral=True) as cow:
         assert (await read_all(cow))[:BLOCK] == patterns(1, BLOCK)
     assert survivors.kept() == []
+
+
+async def test_what_a_predecessor_was_killed_before_it_kept_is_kept_by_its_successor(tmp_path: Path) -> None:
+    """Else the third one would open the store's files anew, without the error that the kernel has for the first two."""
+    first = Survivors()
+    with unlocked():
+        async with open_cow(tmp_path, first) as cow:
+            await cow.write(0, memoryview(patterns(1, BLOCK)))
+            kept = first.kept()
+            second = Survivors([(name, os.dup(descriptor)) for name, descriptor in kept[:2]])  # the memory, and one file
+            async with open_cow(tmp_path, second) as cow:
+                assert (await read_all(cow))[:BLOCK] == patterns(1, BLOCK)
+                assert sorted(name for name, _ in second.kept()) == sorted(name for name, _ in kept)

@@ -168,6 +168,29 @@ def test_a_keeper_that_is_gone_is_said_once(tmp_path: Path, monkeypatch: pytest.
     assert not survivors.keeper_answers
 
 
+def test_a_keeper_that_hangs_does_not_hang_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its socket is full after a few signs of life, and another one waited for room, for ever, in the event loop."""
+    path = tmp_path / "notify"
+    monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+    most = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as keeper:
+        keeper.bind(str(path))
+        for _ in range(most + 5):
+            assert notify.say(WATCHDOG="1")
+        monkeypatch.setattr(notify, "PATIENCE_S", 0.05)
+        assert not notify.notify(READY="1")
+        assert not notify.barrier()
+    assert not notify.say(WATCHDOG="1")
+
+
+def test_what_is_kept_already_is_not_sent_again(keeper: Keeper) -> None:
+    survivors = Survivors()
+    for descriptors in ({"data.1": 0}, {"data.1": 0, "data.2": 1}, {"data.2": 1}):
+        survivors.keep(descriptors)
+    assert [fields["FDNAME"] for fields, _ in keeper.messages if "FDSTORE" in fields] == ["data.1", "data.2"]
+    assert sum("BARRIER" in fields for fields, _ in keeper.messages) == 2
+
+
 def test_the_head_is_what_its_table_says(tmp_path: Path) -> None:
     memory = Survivors().memory("map", {1}, STORE, 100, tmp_path / "epoch")
     magic, kind, layout, store, _, epoch, length = HEAD.unpack(os.pread(memory.descriptor, HEAD.size, 0))
