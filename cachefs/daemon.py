@@ -332,6 +332,7 @@ class Daemon:
             notify(MAINPID=str(candidate.pid))
             if has_keeper():
                 await trio.to_thread.run_sync(barrier)
+            candidate.leave()
             await reply({"pid": candidate.pid, "version": version})
         log.info("handed %s over to pid %d, version %s", self.mountpoint, candidate.pid, version)
         logging.shutdown()

@@ -7,14 +7,16 @@
       are quick are answered
       GO, with all descriptors            ->     looks again who has what open
                                           <-     ACCEPTED, or an error: the predecessor serves on
-      names the successor to the keeper,
-      and ends, like a daemon that dies   ->     (end of file) opens the stores, serves
+      names the successor to the keeper   ->     LEAVING: nobody else will follow
+      ends, like a daemon that dies       ->     (end of file) opens the stores, serves
 
+A predecessor that dies in between is followed by whom its keeper starts; the successor ends, or there would be two.
 Descriptors go in messages of at most BATCH. All functions block; a SEQPACKET socket pair carries one message each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -42,7 +44,10 @@ def _send(end: socket.socket, message: dict[str, Any], descriptors: Sequence[int
 
 def _receive(end: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Raises: EOFError when the other one is gone."""
-    content, descriptors, _, _ = socket.recv_fds(end, _MESSAGE_BYTES, BATCH)
+    try:
+        content, descriptors, _, _ = socket.recv_fds(end, _MESSAGE_BYTES, BATCH)
+    except ConnectionResetError:  # it had not read all that we have sent
+        content = b""
     if not content:
         raise EOFError
     return json.loads(content), list(descriptors)
@@ -83,6 +88,11 @@ class Candidate:
             except OSError as exc:
                 raise Refused("upgrade", f"the successor ended: {exc.strerror}") from exc
         self._answer(ACCEPT_TIMEOUT_S)
+
+    def leave(self) -> None:
+        """Whoever keeps us alive knows of the successor: it is its turn when we have ended. An error: it has ended itself."""
+        with contextlib.suppress(OSError):
+            _send(self._end, {"leaving": True})
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         self._end.settimeout(timeout_s)
@@ -135,9 +145,8 @@ class Predecessor:
         _send(self._end, {"accepted": True})
 
     def wait_gone(self) -> None:
-        """Until it has ended."""
-        try:
-            while True:
-                _receive(self._end)
-        except (EOFError, OSError):
-            self._end.close()
+        """Until it has ended. Raises: EOFError when it died before it could leave: its keeper starts another successor."""
+        _receive(self._end)
+        with contextlib.suppress(EOFError, OSError):
+            _receive(self._end)
+        self._end.close()

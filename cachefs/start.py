@@ -154,14 +154,15 @@ def _take_over(config: Path, options: StartOptions, way: int, memory: int) -> tu
         open_disks = {disk for disk in before.disks if state.opens(disk)}
         _refuse_changes(before, loaded, open_disks, "is open")
         _refuse_changes(before, loaded, unflushed, "holds what could not be flushed")
+        predecessor.accept()
+        hurry.begin()  # not before: the predecessor served
+        predecessor.wait_gone()
     except CachefsError as exc:
         predecessor.refuse(str(exc))
         raise
     except EOFError:
-        raise CachefsError("upgrade", "the daemon serves on: nothing is taken over") from None
-    predecessor.accept()
-    hurry.begin()  # not before: the predecessor served
-    predecessor.wait_gone()
+        reason = "nothing is taken over: the daemon serves on, or died, and its keeper starts another"
+        raise CachefsError("upgrade", reason) from None
     survivors = Survivors(inherited)
     state = mountstate.open_state(survivors)
     state.wait_alone()

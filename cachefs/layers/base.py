@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import pydantic
 import trio
 
-from cachefs.errors import StoreError, unwrap
+from cachefs.errors import StoreError
 from cachefs.extent import Extent
 from cachefs.store.rounds import Done
 from cachefs.survivor import SurvivorMemory, Survivors
@@ -151,8 +151,8 @@ class Environment:
     ) -> AsyncIterator[SurvivorMemory]:
         """Survivor memory for what was acknowledged and is in no file yet, of what the text *store* names.
 
-        One of a predecessor may have another length. At the end it is gone; when the disk cannot be opened now (StoreError),
-        it stays for the next try.
+        One of a predecessor may have another length. At the end it is gone; after an error it stays, for the next try to open
+        the disk or for the next daemon.
 
         Raises: StoreError.
         """
@@ -166,11 +166,8 @@ class Environment:
             if not memory.is_inherited:
                 await trio.to_thread.run_sync(self.survivors.keep, {memory.name: memory.descriptor})
             yield memory
-        except BaseException as exc:
-            if isinstance(unwrap(exc), StoreError):
-                self.survivors.give_back({memory.name: memory.descriptor})
-            else:
-                self.survivors.release(memory)
+        except BaseException:  # a bug among them: what was acknowledged is not known to be in the store
+            self.survivors.give_back({memory.name: memory.descriptor})
             raise
         else:
             self.survivors.release(memory)

@@ -51,6 +51,10 @@ class Served:
         return json.loads(os.getxattr(self.path / disk if disk else self.path, "user.cachefs.status"))
 
     @property
+    def keeper_pid(self) -> int:
+        raise NotImplementedError
+
+    @property
     def pid(self) -> int:
         return int(self.status()["daemon"]["pid"])
 
@@ -95,6 +99,10 @@ class Supervised(Served):
     def log(self) -> str:
         return self._log.read_text()
 
+    @property
+    def keeper_pid(self) -> int:
+        return self.supervisor
+
     def wait_ended(self) -> None:
         wait_for(lambda: is_gone(self.supervisor), "the supervisor's end")
 
@@ -132,6 +140,10 @@ class Kept(Served):
 
     def log(self) -> str:
         return self._log.read_text()
+
+    @property
+    def keeper_pid(self) -> int:
+        return self.process.pid
 
     def wait_ended(self) -> None:
         assert self.process.wait(DEADLINE_S) == 0, "something is still kept"

@@ -297,8 +297,7 @@ def test_broken_yaml_stops_an_upgrade_and_no_successor_of_a_crash(
 
 
 def test_an_upgrade_runs_what_is_installed_by_then(served: Callable[..., Served], tmp_path: Path) -> None:
-    package = tmp_path / "package"
-    shutil.copytree(ROOT / "cachefs", package / "cachefs", ignore=shutil.ignore_patterns("__pycache__"))
+    package = copy_of_package(tmp_path)
     mounted = served(simple(tmp_path), package=package)
     pool = package / "cachefs" / "pool"
     pool.rename(tmp_path / "pool-module")
@@ -465,10 +464,15 @@ def test_a_daemon_that_dies_again_and_again_answers_with_errors_and_does_not_han
     mounted.umount()
 
 
-def broken_package(folder: Path, module: str, *functions: str, fault: str) -> tuple[Path, Callable[[], None]]:
-    """A copy of cachefs whose *functions*, given by their first lines, begin with *fault*; and a call that heals it."""
+def copy_of_package(folder: Path) -> Path:
     package = folder / "package"
     shutil.copytree(ROOT / "cachefs", package / "cachefs", ignore=shutil.ignore_patterns("__pycache__"))
+    return package
+
+
+def broken_package(folder: Path, module: str, *functions: str, fault: str) -> tuple[Path, Callable[[], None]]:
+    """A copy of cachefs whose *functions*, given by their first lines, begin with *fault*; and a call that heals it."""
+    package = copy_of_package(folder)
     path = package / "cachefs" / module
     good = bad = path.read_text()
     for line in functions:
@@ -540,5 +544,37 @@ def test_a_successor_that_fails_at_the_last_moment_leaves_the_daemon_serving(
         assert os.pread(vm1.fileno(), 12, 0) == b"acknowledged"
         heal()
         mounted.upgrade()
+        assert os.pread(vm1.fileno(), 12, 0) == b"acknowledged"
+    mounted.umount()
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("        self._answer(ACCEPT_TIMEOUT_S)\n", "        self._answer(ACCEPT_TIMEOUT_S)\n        os._exit(9)\n"),
+        ('            _send(self._end, {"leaving": True})\n', "            os._exit(9)\n"),
+    ],
+    ids=["before its keeper knows", "before it says that it leaves"],
+)
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_a_daemon_that_dies_while_it_hands_over_is_followed_by_one_daemon_that_its_keeper_knows(
+    served: Callable[..., Served], tmp_path: Path, keeper: str, line: str, instead: str
+) -> None:
+    """Not by the one that was to take over: nobody would keep for it what it has to leave to the next one."""
+    package = copy_of_package(tmp_path)
+    path = package / "cachefs" / "handover.py"
+    good = path.read_text()
+    assert good.count(line) == 1
+    path.write_text(good.replace(line, instead))
+    mounted = served(simple(tmp_path), keeper, package=package)
+    path.write_text(good)
+    with (mounted.path / "vm1").open("r+b", buffering=0) as vm1:
+        vm1.write(b"acknowledged")
+        assert mounted.run("upgrade", mounted.path).returncode == 1
+        for _ in range(2):
+            assert os.pread(vm1.fileno(), 12, 0) == b"acknowledged"
+            parent = int(Path(f"/proc/{mounted.pid}/stat").read_text().rpartition(")")[2].split()[1])
+            assert parent == mounted.keeper_pid
+            mounted.kill()
         assert os.pread(vm1.fileno(), 12, 0) == b"acknowledged"
     mounted.umount()

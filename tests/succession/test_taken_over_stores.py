@@ -187,7 +187,9 @@ async def test_what_a_predecessor_was_killed_before_it_kept_is_kept_by_its_succe
         async with open_cow(tmp_path, first) as cow:
             await cow.write(0, memoryview(patterns(1, BLOCK)))
             kept = first.kept()
-            second = Survivors([(name, os.dup(descriptor)) for name, descriptor in kept[:2]])  # the memory, and one file
+            second = Survivors(
+                [(name, os.dup(descriptor)) for name, descriptor in kept[:2]]
+            )  # the memory, and one file
             async with open_cow(tmp_path, second) as cow:
                 assert (await read_all(cow))[:BLOCK] == patterns(1, BLOCK)
                 assert sorted(name for name, _ in second.kept()) == sorted(name for name, _ in kept)

@@ -912,7 +912,7 @@ async def test_a_successor_sends_again_what_was_acknowledged_and_forgets_the_res
         assert disk.statistics().values["unflushed_bytes"] == 0
 
 
-async def test_a_memory_stays_for_the_next_try_when_the_store_cannot_be_opened(
+async def test_a_memory_stays_when_the_store_cannot_be_opened_or_the_daemon_fails_on_a_bug(
     network: Network, tmp_path: Path
 ) -> None:
     survivors = Survivors()
@@ -923,7 +923,8 @@ async def test_a_memory_stays_for_the_next_try_when_the_store_cannot_be_opened(
             memory.body[0] = 7
             raise error
 
-    for error in (StoreError("x", "y"), ExceptionGroup("of a nursery", [StoreError("x", "y")])):
+    bug = ZeroDivisionError()
+    for error in (StoreError("x", "y"), ExceptionGroup("of a nursery", [StoreError("x", "y")]), bug):
         with pytest.raises(type(error)):
             await fail(error)
     async with env.memory("disk/nbd", "nbd", 1, "store", 4096) as memory:
