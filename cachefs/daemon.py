@@ -6,7 +6,7 @@ SIGTERM, SIGINT: drain. A second one, or SIGQUIT: forced stop; requests that wai
 stores are flushed, and whatever still hangs FORCE_GRACE_S later is left behind.
 
 A successor finds the mount there: it takes the connection over and serves at once, while the stores are opened beside that.
-Its predecessor has died, or has handed over (`cachefs upgrade`) and then ended in the same way: without closing anything,
+Its predecessor has died, or has handed over (`cachefs.leaving`) and then ended in the same way: without closing anything,
 because all that it had acknowledged is in files or in survivor memory. The first daemon of a mount and every successor
 are the same code; `Daemon.predecessor` says which it is.
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import trio
 
-from cachefs import __version__, control, handover, hurry, mounts
+from cachefs import __version__, control, hurry, mounts
 from cachefs.config import Config
 from cachefs.disk import Disk, Disks, DiskState
 from cachefs.errors import CachefsError
@@ -38,6 +38,7 @@ from cachefs.fuse.dataplane import Dataplane
 from cachefs.fuse.protocol import MAX_BACKGROUND, Open
 from cachefs.fuse.spill import Spill
 from cachefs.graph import refuse_inside
+from cachefs.leaving import Leaving
 from cachefs.mountstate import MountState
 from cachefs.nbd.child import kill_servers
 from cachefs.notify import barrier, has_keeper, notify, say
@@ -50,9 +51,6 @@ DRAIN_LOOK_S = 0.5  # between two tries to unmount while files are open
 LAG_PROBE_S = 1.0
 ALIVE_S = 1.0  # between two signs of life to the keeper
 CRASH_LIMIT, CRASH_PERIOD_S = 5, 60.0
-FLUSH_PATIENCE_S = 10.0  # before a hand-over, while we still serve
-PAUSES, PAUSE_S, BETWEEN_PAUSES_S = 5, 0.1, 0.2  # to answer what is under way, before a hand-over
-PAUSE_WITHOUT_RESEND_S = 10.0
 PR_SET_IO_FLUSHER = 57
 DEVICE = "device"  # the name under which /dev/fuse is kept
 
@@ -94,14 +92,13 @@ class Daemon:
         self._with_resend = with_resend
         self._boundary = Boundary()
         self._started = time.time()
-        self._draining = self._handing_over = False
+        self._draining = False
         self._forced_stop = trio.Event()
         self._longest_lag_s = 0.0
         self._took_over_ms: float | None = None  # until every disk was served again
         self._dataplane: Dataplane
         self._channel: Channel
         self._disks: Disks
-        self._resumed = trio.Event()
 
     async def run(self, ready: Callable[[], None]) -> None:
         """*ready* is called once, when the mount answers.
@@ -185,7 +182,7 @@ class Daemon:
             return found
         for disk in self._disks.disks.values():
             self._state.set_size(disk.name, disk.size)
-        device = mount_device(self.mountpoint, mount_options(list(self._disks.disks.values())))
+        device = mount_device(self.mountpoint, mounts.options_for(disk.mode for disk in self._disks.disks.values()))
         self._survivors.keep({DEVICE: device})
         return device
 
@@ -218,14 +215,24 @@ class Daemon:
                         services.start_soon(self._dataplane.waiting.watch_clients)
                         services.start_soon(self._watch_lag)
                         services.start_soon(self._say_alive)
-                        services.start_soon(self._take_commands)
+                        leaving = Leaving(
+                            self._config.file,
+                            self.mountpoint,
+                            self._disks.disks,
+                            channel,
+                            self._survivors,
+                            self._state,
+                            services,
+                            self._options,
+                        )
+                        services.start_soon(self._take_commands, leaving)
                         await self._begin(channel, services, ready)
                         if self.predecessor is Predecessor.NONE:  # else somebody waits
                             gc.collect()
                         gc.freeze()  # what lives from here on is requests; do not walk the rest again
                         gc.enable()
                         while not await channel.serve_requests():
-                            await self._resumed.wait()
+                            await leaving.wait_resumed()
                         # The mount is gone. What a request still does is for the disk, and is waited for.
                         await self._dataplane.waiting.drain()
                 finally:
@@ -298,88 +305,10 @@ class Daemon:
                 self._survivors.keeper_answers = False
                 log.error("whoever keeps this daemon alive has died: the mount will not outlive the daemon any more")
 
-    # ---- handing over
-
-    async def _take_commands(self) -> None:
+    async def _take_commands(self, leaving: Leaving) -> None:
         path = control.socket_path(self._config.state_dir, self.mountpoint)
-        async with control.listening(path, {"upgrade": self._upgrade}):
+        async with control.listening(path, {"upgrade": leaving.upgrade}):
             await trio.sleep_forever()
-
-    async def _upgrade(self, reply: control.Reply) -> None:
-        """Hand over to the version that is installed, which reads the configuration anew, and end.
-
-        Raises: CachefsError: we serve on.
-        """
-        if self._handing_over or self._draining:
-            raise CachefsError("upgrade", "the daemon is about to end already")
-        self._handing_over = True
-        candidate: handover.Candidate | None = None
-        try:
-            candidate = await trio.to_thread.run_sync(self._start_candidate)
-            version = await trio.to_thread.run_sync(candidate.wait_ready)
-            unflushed = await self._flush_all()
-            await self._pause()
-            kept = self._survivors.kept()
-            await trio.to_thread.run_sync(candidate.hand_over, kept, unflushed)
-        except BaseException:
-            if candidate is not None:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(candidate.dismiss)
-            self._handing_over = False
-            self._resumed.set()
-            raise
-        with trio.CancelScope(shield=True):
-            notify(MAINPID=str(candidate.pid))
-            if has_keeper():
-                await trio.to_thread.run_sync(barrier)
-            candidate.leave()
-            await reply({"pid": candidate.pid, "version": version})
-        log.info("handed %s over to pid %d, version %s", self.mountpoint, candidate.pid, version)
-        logging.shutdown()
-        os._exit(0)  # like a daemon that dies: nothing is closed, nothing is flushed, everything is there
-
-    def _start_candidate(self) -> handover.Candidate:
-        return handover.Candidate(
-            self._config.file, self.mountpoint, options=self._options, state=self._state.memory.descriptor
-        )
-
-    async def _flush_all(self) -> list[str]:
-        """Make what is acknowledged durable, so that little is left for the pause; the disks that did not come to an end."""
-        left = set(self._disks.disks)
-
-        async def flush(disk: Disk) -> None:
-            try:
-                await disk.top.flush()
-            except CachefsError as exc:
-                log.warning("%s: the flush before the hand-over failed: %s", disk.name, exc)
-                return
-            left.discard(disk.name)
-
-        with trio.move_on_after(FLUSH_PATIENCE_S):
-            async with trio.open_nursery() as nursery:
-                for disk in self._disks.disks.values():
-                    nursery.start_soon(flush, disk)
-        return sorted(left)
-
-    async def _pause(self) -> None:
-        """Stop reading requests, at a moment at which few are under way. Those are sent again to the successor.
-
-        Raises: CachefsError where the kernel cannot do that and some do not end.
-        """
-        for _ in range(PAUSES):
-            self._resumed = trio.Event()
-            self._state.stopped_ns = time.monotonic_ns()
-            self._channel.pause()
-            patience = PAUSE_S if self._channel.can_resend else PAUSE_WITHOUT_RESEND_S
-            if await self._channel.wait_idle(patience):
-                return
-            if not self._channel.can_resend:
-                raise CachefsError("upgrade", "some requests do not end, and this kernel cannot send them again")
-            self._resumed.set()
-            await trio.sleep(BETWEEN_PAUSES_S)
-        self._resumed = trio.Event()
-        self._state.stopped_ns = time.monotonic_ns()
-        self._channel.pause()
 
     # ---- the end
 
@@ -493,14 +422,6 @@ def _open_flags(disk: Disk) -> Open:
     return Open.KEEP_CACHE if disk.page_cache else Open.DIRECT_IO | Open.PARALLEL_DIRECT_WRITES
 
 
-def mount_options(disks: Sequence[Disk]) -> str:
-    """Options for fusermount3. Others than the owner can only come in with allow_other, which users may lack."""
-    options = "rw,nosuid,nodev,fsname=cachefs,subtype=cachefs,default_permissions"
-    if os.getuid() == 0 or any(disk.mode & 0o077 for disk in disks) or _users_may_allow_other():
-        options += ",allow_other"
-    return options
-
-
 def _effective_background() -> int:
     """max_background as the kernel takes it: it cuts what a user asks for."""
     if os.getuid() == 0:
@@ -510,14 +431,6 @@ def _effective_background() -> int:
     except (OSError, ValueError):
         return MAX_BACKGROUND
     return min(MAX_BACKGROUND, limit) if limit else MAX_BACKGROUND
-
-
-def _users_may_allow_other() -> bool:
-    try:
-        lines = Path("/etc/fuse.conf").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    return any(line.strip() == "user_allow_other" for line in lines)
 
 
 def _become_io_flusher() -> None:

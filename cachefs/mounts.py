@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from cachefs.errors import CachefsError
@@ -110,3 +111,21 @@ def abort_connection(device: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def options_for(modes: Iterable[int]) -> str:
+    """Options for fusermount3, for files of these *modes*. Others than the owner can only come in with allow_other, which
+    users may lack.
+    """
+    options = "rw,nosuid,nodev,fsname=cachefs,subtype=cachefs,default_permissions"
+    if os.getuid() == 0 or any(mode & 0o077 for mode in modes) or _users_may_allow_other():
+        options += ",allow_other"
+    return options
+
+
+def _users_may_allow_other() -> bool:
+    try:
+        lines = Path("/etc/fuse.conf").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)

@@ -11,7 +11,7 @@ from cachefs import control, statusview
 from cachefs.errors import CachefsError
 
 HAND_OVER_TIMEOUT_S = 180.0
-TAKE_OVER_TIMEOUT_S = 60.0
+TAKE_OVER_TIMEOUT_S = 15.0
 LOOK_S = 0.05
 
 

@@ -21,6 +21,7 @@ import pytest
 from served import KEEPERS, ROOT, Served, is_gone, wait_for
 
 from cachefs import mounts
+from cachefs.store.localfile import KEEP_SIZE, PUNCH_HOLE, fallocate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -91,9 +92,9 @@ class Fio:
 class Reader(threading.Thread):
     """Reads *disk* at random places, compares it with *image*, and notes the longest wait."""
 
-    def __init__(self, disk: Path, image: Path) -> None:
+    def __init__(self, disk: Path, image: Path, size: int = IMAGE) -> None:
         super().__init__(daemon=True)
-        self._disk, self._image = disk, image
+        self._disk, self._image, self._blocks = disk, image, size // 4096
         self.over = threading.Event()
         self.longest_s = 0.0
         self.reads = 0
@@ -103,7 +104,7 @@ class Reader(threading.Thread):
         dice = random.Random(2)
         with self._image.open("rb") as image, self._disk.open("rb", buffering=0) as disk:
             while not self.over.is_set() and not self.problem:
-                offset, length = dice.randrange(IMAGE // 4096) * 4096, 4096 << dice.randrange(6)
+                offset, length = dice.randrange(self._blocks) * 4096, 4096 << dice.randrange(6)
                 began = time.monotonic()
                 try:
                     got = os.pread(disk.fileno(), length, offset)
@@ -394,6 +395,89 @@ def test_a_disk_whose_server_hangs_keeps_no_other_one_waiting(
         read.join(30)
         assert read.got == b"nbd!" * 128
     assert mounted.status("remote")["disk"]["state"] == "serving"
+    mounted.umount()
+
+
+def test_an_upgrade_waits_for_no_flush_of_a_store_that_hangs(
+    served: Callable[..., Served], tmp_path: Path, server: subprocess.Popen[bytes]
+) -> None:
+    """What was acknowledged is in survivor memory: the successor has it when the store is there again."""
+    config = simple(tmp_path)
+    uri = f"nbd+unix:///?socket={tmp_path / 'nbd.sock'}"
+    config["disks"]["remote"] = {
+        "backend": {"nbd": {"uri": uri, "timeout": "60s", "fence": "1s", "on_failure": "hold"}}
+    }
+    mounted = served(config)
+    reader = Reader(mounted.path / "vm1", tmp_path / "vm1.raw", MIB)
+    with (mounted.path / "remote").open("r+b", buffering=0) as remote:
+        assert remote.write(b"acknowledged") == 12
+        with stopped(server):
+            read = Read(remote.fileno())
+            wait_for(lambda: mounted.status()["daemon"]["waiting_requests"], "the read waits")
+            reader.start()
+            done = mounted.run("upgrade", mounted.path)
+            assert "not all disks are served again yet" in done.stderr
+            assert read.is_alive()
+            assert mounted.status()["daemon"]["survives"]["predecessor"] == "handed over"
+            assert mounted.status("remote")["disk"]["state"] == "opening"
+            assert "without the flush of remote" in mounted.log()
+        read.join(30)
+        assert read.got is not None
+        assert read.got.startswith(b"acknowledgednbd!")
+    reader.over.set()
+    reader.join(30)
+    assert not reader.problem
+    print(f"longest wait of the other disk {reader.longest_s:.3f} s in {reader.reads} reads")
+    mounted.umount()
+
+
+@pytest.fixture
+def frozen(tmp_path: Path) -> Iterator[Callable[[bool], Path]]:
+    """A file system that can be frozen: `frozen(True)`; where it is mounted."""
+    if os.getuid() != 0 or not all(map(shutil.which, ("mkfs.ext4", "fsfreeze"))):
+        pytest.skip("needs root, mkfs.ext4 and fsfreeze")
+    image, root = tmp_path / "ext4", tmp_path / "root"
+    root.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    if subprocess.run(["mount", "-o", "loop", image, root], capture_output=True).returncode != 0:
+        pytest.skip("this machine mounts no loop device")
+    is_frozen = False
+
+    def freeze(wanted: bool) -> Path:
+        nonlocal is_frozen
+        if wanted != is_frozen:
+            subprocess.run(["fsfreeze", "-f" if wanted else "-u", root], check=True)
+            is_frozen = wanted
+        return root
+
+    yield freeze
+    freeze(False)
+    subprocess.run(["umount", "-l", root], check=True)
+
+
+def test_an_upgrade_is_refused_while_a_thread_is_stuck_in_the_kernel(
+    served: Callable[..., Served], tmp_path: Path, frozen: Callable[[bool], Path]
+) -> None:
+    """The process could not end, and nobody would serve any disk until it has."""
+    config = simple(tmp_path, "vm1", "vm2")
+    config["disks"]["vm2"]["layers"][0]["cow"] = {"path": str(frozen(False) / "overlay")}
+    mounted = served(config)
+    pid = mounted.pid
+    with (mounted.path / "vm2").open("r+b", buffering=0) as vm2:
+        vm2.write(b"x" * 8192)
+        os.fsync(vm2.fileno())
+        frozen(True)
+        fallocate(vm2.fileno(), PUNCH_HOLE | KEEP_SIZE, 0, 4096)  # the program would sync
+        done = mounted.run("upgrade", mounted.path)
+        assert done.returncode == 1
+        assert "hangs in the kernel" in done.stderr
+        assert mounted.pid == pid
+        assert (mounted.path / "vm1").read_bytes()[:4] == b"base"
+        frozen(False)
+        mounted.upgrade()
+        assert os.pread(vm2.fileno(), 8192, 0) == bytes(4096) + b"x" * 4096
     mounted.umount()
 
 
