@@ -25,6 +25,8 @@ def _check_command(command: tuple[str, ...]) -> tuple[str, ...]:
         raise ValueError("is empty: write a program and its arguments, such as [nbdkit, file, /srv/vm1.raw]")
     if any("\0" in word for word in command):
         raise ValueError("has a NUL in it, which no program can be given")
+    if os.path.basename(command[0]) == "qemu-nbd" and "--fork" in command:  # may answer before its parent ends
+        raise ValueError("has --fork: leave it out, the daemon has to know when its server ends")
     return command
 
 

@@ -283,6 +283,10 @@ class TestMistakes:
                 "'nbdkit null'",
             ),
             (
+                "backend: {nbd: {command: [/usr/bin/qemu-nbd, --persistent, --fork, /srv/d]}}",
+                "1:38: disks.d.backend.nbd.command: has --fork: leave it out, the daemon has to know when its server ends",
+            ),
+            (
                 "backend: {nbd: {command: []}}",
                 "1:38: disks.d.backend.nbd.command: is empty: write a program and its arguments, such as "
                 "[nbdkit, file, /srv/vm1.raw]",
