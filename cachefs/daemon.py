@@ -29,7 +29,8 @@ import trio
 
 from cachefs import __version__, control, hurry, mounts
 from cachefs.config import Config
-from cachefs.disk import Disk, Disks, DiskState
+from cachefs.disk import Disk, DiskState
+from cachefs.disks import Disks
 from cachefs.errors import CachefsError
 from cachefs.fuse import namespace
 from cachefs.fuse.boundary import Boundary

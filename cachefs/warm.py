@@ -19,7 +19,7 @@ from bitarray import bitarray
 
 from cachefs.bytebar import ByteBar
 from cachefs.config import Config, DiskSpec, load
-from cachefs.disk import open_disks
+from cachefs.disks import open_disks
 from cachefs.errors import CachefsError, unwrap
 from cachefs.layers.base import Layer
 from cachefs.layers.cache import Cache, CacheConfig

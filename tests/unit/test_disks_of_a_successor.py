@@ -12,9 +12,10 @@ import pytest
 import trio
 import yaml
 
-from cachefs import disk as disk_module
+from cachefs import disks as disks_module
 from cachefs.config import load
-from cachefs.disk import Disks, DiskState
+from cachefs.disk import DiskState
+from cachefs.disks import Disks
 from cachefs.errors import BackendError, StoreError
 from cachefs.store import blockstore
 from cachefs.survivor import Survivors
@@ -85,7 +86,7 @@ async def test_requests_wait_until_their_disk_can_be_opened_and_others_do_not(tm
 async def test_requests_fail_when_their_disk_cannot_be_opened_for_long_and_go_on_when_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk_module, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(disks_module, "PATIENCE_S", 0.0)
     disks = Disks(config(tmp_path, "vm1"), None, Survivors(), known={"vm1": SIZE})
     async with running(disks):
         with pytest.raises(BackendError, match=r"cannot open .*vm1\.raw"):
@@ -121,7 +122,7 @@ async def test_memory_of_another_version_keeps_its_disk_waiting_and_loses_nothin
     monkeypatch.setattr("cachefs.store.files.fcntl.flock", lambda *_: None)
     with monkeypatch.context() as other_version:
         other_version.setattr(blockstore, "LAYOUT", 2)
-        other_version.setattr(disk_module, "PATIENCE_S", 0.0)
+        other_version.setattr(disks_module, "PATIENCE_S", 0.0)
         second = Disks(made, None, left, known={"vm1": SIZE})
         async with running(second):
             await second.wait_tried()
