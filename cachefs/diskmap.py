@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import trio
 
-from cachefs import mounts
+from cachefs import mounts, statusview
 from cachefs.backends import BACKENDS
 from cachefs.bytebar import ByteBar
 from cachefs.config import Config, LayerSpec, load
@@ -54,6 +54,7 @@ T = TypeVar("T")
 
 XATTR = "user.cachefs.map"
 PAGE = 2000
+PATIENCE_S = 3.0
 _KEPT = (MapState.DATA, MapState.ZERO, MapState.HOLE, MapState.CACHED)
 _MARKS = {
     MapState.ABSENT: ("·", "dim", "absent"),
@@ -197,7 +198,7 @@ def _page(path: Path, number: int, offset: int) -> list[MapRun]:
 
 def _ask(path: Path, what: str) -> bytes:
     try:
-        return interruptibly(partial(os.getxattr, path, XATTR + what))
+        return wait_for_answer(partial(os.getxattr, path, XATTR + what), path.parent)
     except OSError as exc:
         why = {
             errno.ENOENT: "there is no such disk; `cachefs status` lists them",
@@ -211,8 +212,12 @@ def _ask(path: Path, what: str) -> bytes:
         raise CachefsError(str(path), why, exc.errno) from exc
 
 
-def interruptibly(call: Callable[[], T]) -> T:
-    """*call* in a thread, so that Ctrl-C ends the wait: a daemon that hangs would hold the caller in the kernel."""
+def wait_for_answer(call: Callable[[], T], mountpoint: Path) -> T:
+    """*call* in a thread, so that Ctrl-C ends the wait: a daemon that hangs would hold the caller in the kernel.
+
+    A store may take as long as its deadline to tell; so a daemon that lets us wait is asked whether it answers at all.
+    Raises: what *call* raises; CachefsError when the daemon does not answer.
+    """
     answer: list[T] = []
     errors: list[BaseException] = []
 
@@ -224,8 +229,13 @@ def interruptibly(call: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
+    thread.join(PATIENCE_S)
     while thread.is_alive():
-        thread.join(0.2)
+        try:
+            statusview.read_one(mountpoint)
+        except TimeoutError:
+            raise statusview.no_answer(mountpoint) from None
+        thread.join(PATIENCE_S)
     if errors:
         raise errors[0]
     return answer[0]

@@ -60,8 +60,13 @@ def read(mountpoint: Path) -> dict[str, Any]:
         names = list(status["disks"])
         return {"daemon": status["daemon"], "disks": {name: read_one(mountpoint / name)["disk"] for name in names}}
     except TimeoutError:
-        detail = f"its daemon did not answer within {TIMEOUT_S:.0f} s; its log says what it waits for"
-        raise CachefsError(str(mountpoint), detail, errno.ETIMEDOUT) from None
+        raise no_answer(mountpoint) from None
+
+
+def no_answer(mountpoint: Path) -> CachefsError:
+    """What a TimeoutError of `read_one` means."""
+    detail = f"its daemon did not answer within {TIMEOUT_S:.0f} s; its log says what it waits for"
+    return CachefsError(str(mountpoint), detail, errno.ETIMEDOUT)
 
 
 def show(status: dict[str, Any]) -> None:

@@ -8,12 +8,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_files import KEEP_SIZE, PUNCH_HOLE, fallocate, need, pattern, run
+
+from cachefs import diskmap, statusview
 
 pytestmark = pytest.mark.slow
 
@@ -144,6 +148,36 @@ def test_map_with_more_runs_than_a_page_is_whole(mount: Any, config: Path, cache
     assert kinds(found) == kinds(qemu)
     assert len(found) > 8000
     mounted.umount()
+
+
+@pytest.mark.alone
+def test_map_of_a_daemon_that_hangs_says_so(mount: Any, config: Path, cachefs: Any) -> None:
+    mounted = mount(config)
+    mounted.process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    done = cachefs("map", mounted.path, "vm")
+    took = time.monotonic() - started
+    mounted.process.send_signal(signal.SIGCONT)
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip() == f"{mounted.path}: its daemon did not answer within 5 s; its log says what it waits for"
+    )
+    assert took < 10
+
+
+def test_map_waits_for_a_store_that_takes_its_time(mount: Any, cachefs: Any, wait_until: Callable[..., Any]) -> None:
+    layers = [{"faulty": {"rules": ["extents * hang"]}}]
+    program = (str(Path(__file__).with_name("faulty.py")),)
+    mounted = mount({"disks": {"vm": {"layers": layers, "backend": {"memory": {"size": MIB}}}}}, program=program)
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(cachefs, "map", "--json", mounted.path, "vm")
+        wait_until(lambda: mounted.layer("vm")["hanging"], "it is asked")
+        asked = time.monotonic() + diskmap.PATIENCE_S + statusview.TIMEOUT_S + 1
+        wait_until(lambda: time.monotonic() > asked, "longer than a daemon may be silent")
+        mounted.process.send_signal(signal.SIGUSR1)
+        done = asking.result(timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert kinds(json.loads(done.stdout)) == [(0, MIB, False, True)]
 
 
 def test_map_of_a_daemon_that_hangs_can_be_interrupted(
