@@ -6,6 +6,7 @@ Rights are dropped when everything is imported, because the user may not be able
 from __future__ import annotations
 
 import os
+from encodings import utf_8_sig  # noqa: F401 (a configuration is read in it)
 
 import faulty  # noqa: F401 (its layer)
 

@@ -51,6 +51,7 @@ SYNC_CLIENT = "import os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); os.pread(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["synchronous", "libaio"])
 def test_a_killed_client_of_a_hung_disk_is_gone_within_a_second_and_a_half(
     mount: Any, wait_until: Any, kind: str

@@ -96,6 +96,7 @@ def hung(few_in_the_background: None, folder: Path, mount: Any, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.logs("refused with EIO: too many requests of this disk wait")
 def test_a_hung_disk_of_a_users_mount_leaves_room_in_the_kernel_for_the_others(
     hung: Any, wait_until: Callable[..., Any]

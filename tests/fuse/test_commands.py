@@ -292,6 +292,7 @@ def test_umount_of_what_is_not_mounted_says_so(cachefs: Any, folder: Path) -> No
         assert "no cachefs is mounted there" in one_sentence(done)
 
 
+@pytest.mark.alone
 @pytest.mark.logs("forced stop", "something still hangs")
 def test_umount_by_force_ends_a_daemon_whose_layer_hangs(mount: Any, cachefs: Any, wait_until: Any) -> None:
     with ThreadPoolExecutor() as threads:  # ends after the mount is gone

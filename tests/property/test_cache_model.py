@@ -151,11 +151,11 @@ async def test_cache_requests_at_the_same_time_see_what_some_order_gives(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_cache_is_right_and_within_its_quota_over_a_million_operations(
+async def test_cache_is_right_and_within_its_quota_over_many_operations(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two disks, four readers, each after its own dice: small reads of popular blocks, now and then a long one anywhere."""
-    blocks, quota, operations_wanted = 4000, 4 << 20, 1_000_000
+    blocks, quota, operations_wanted = 4000, 4 << 20, 400_000
     seed = random.randrange(1 << 32)  # put the printed one here to run it again
     orders = [random.Random(seed + number) for number in range(4)]
     content = b"".join(block.to_bytes(8, "big") * (BLOCK // 8) for block in range(1, blocks + 1))
@@ -197,4 +197,4 @@ async def test_cache_is_right_and_within_its_quota_over_a_million_operations(
             file=sys.stderr,
         )
     assert sum(done) >= operations_wanted
-    assert evicted >= 100_000
+    assert evicted >= 40_000

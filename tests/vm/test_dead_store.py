@@ -24,7 +24,11 @@ FORGETFUL_SIZE = 6 * MIB  # written by a shell for each request
 ROUNDS = int(os.environ.get("CACHEFS_FORCED_ROUNDS", "1"))
 KILLS = 3
 
-pytestmark = [pytest.mark.slow, pytest.mark.logs("connection lost, making a new one", "are to be sent again")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.logs("connection lost, making a new one", "are to be sent again"),
+]
 
 # An export in a file that dies with the server; only a flush copies it to DURABLE. A flush of a server that was killed, and
 # whose shell lives on, does not count any more.

@@ -24,6 +24,7 @@ from cachefs.testing.guest import MIB, Guest, make_image
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.timeout(600),
     pytest.mark.logs("connection lost, making a new one", "are to be sent again"),
 ]
