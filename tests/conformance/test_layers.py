@@ -11,19 +11,22 @@ import pytest
 from cachefs.backends import BACKENDS
 from cachefs.layers import LAYERS
 from cachefs.testing.conformance import LayerContract
-from cachefs.testing.stacks import Case, cases
+from cachefs.testing.stacks import EVEN_SIZE, Case, cases
 
 CASES = cases(Path(__file__).parents[2] / "config.example.yaml")
 
 
 SLOW_PATHS_IN_THE_INNER_LOOP = {"cow", "cache-small", "align512"}
+EVEN_SIZES_IN_THE_INNER_LOOP = {"cow", "cache", "extents", "coalesce", "align4096"}
 
 
 def _parameters() -> list[object]:
-    """Every case. What --fast leaves to the whole run is marked: most slow paths, servers, disks, the example."""
+    """Every case. What --fast leaves to the whole run is marked: most slow paths and even sizes, what needs more."""
 
     def is_left(case: Case) -> bool:
         if case.slow and case.name not in SLOW_PATHS_IN_THE_INNER_LOOP:
+            return True
+        if case.size == EVEN_SIZE and case.name not in EVEN_SIZES_IN_THE_INNER_LOOP:
             return True
         return case.backend in ("nbd", "qcow2") or case.on_disk or case.name.startswith("example-")
 

@@ -22,7 +22,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Iocb(ctypes.Structure):
-    """struct iocb on a little-endian machine."""
+    """struct iocb of linux/aio_abi.h, on a little-endian machine."""
 
     _fields_ = (
         ("data", ctypes.c_uint64),

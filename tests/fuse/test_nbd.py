@@ -12,22 +12,10 @@ from typing import Any
 
 import pytest
 from nbdservers import Servers, certificates
+from readers import reading
 from test_files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, need, pattern, run
 
 MIB = 1 << 20
-SIZE = 16 * MIB
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    """1 MiB of data at 0 and at 8 MiB, holes between."""
-    path = tmp_path / "image.raw"
-    with path.open("wb") as file:
-        file.truncate(SIZE)
-        for offset in (0, 8 * MIB):
-            file.seek(offset)
-            file.write(pattern(MIB))
-    return path
 
 
 def over(uri: str, *layers: str, **options: Any) -> dict[str, Any]:
@@ -43,25 +31,25 @@ def opened(path: Path, flags: int = os.O_RDWR) -> int:
 
 @pytest.mark.parametrize("kind", ["nbdkit", "nbdkit-4096", "qemu-nbd", "qemu-nbd-qcow2"])
 def test_overlay_over_a_server_reads_as_the_image_and_leaves_it_alone(
-    mount: Any, servers: Servers, image: Path, tmp_path: Path, kind: str
+    mount: Any, servers: Servers, holed_image: Path, tmp_path: Path, kind: str
 ) -> None:
     need("qemu-img")
     if kind == "nbdkit":
-        uri, _ = servers.nbdkit("-r", "file", image)
+        uri, _ = servers.nbdkit("-r", "file", holed_image)
     elif kind == "nbdkit-4096":
         policy = ("blocksize-minimum=4096", "blocksize-preferred=64K", "blocksize-maximum=256K")
         uri, _ = servers.nbdkit(
-            "-r", "--filter=blocksize-policy", "file", image, "blocksize-error-policy=error", *policy
+            "-r", "--filter=blocksize-policy", "file", holed_image, "blocksize-error-policy=error", *policy
         )
     elif kind == "qemu-nbd":
-        uri, _ = servers.qemu_nbd(image, "raw", "-r")
+        uri, _ = servers.qemu_nbd(holed_image, "raw", "-r")
     else:
-        run("qemu-img", "convert", "-c", "-O", "qcow2", image, tmp_path / "image.qcow2")
+        run("qemu-img", "convert", "-c", "-O", "qcow2", holed_image, tmp_path / "image.qcow2")
         uri, _ = servers.qemu_nbd(tmp_path / "image.qcow2", "qcow2", "-r")
-    before = image.read_bytes()
+    before = holed_image.read_bytes()
     mounted = mount({"disks": {"vm": over(uri, "cow"), "golden": {**over(uri), "read_only": True}}})
     for name in ("vm", "golden"):
-        run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, mounted.path / name)
+        run("qemu-img", "compare", "-f", "raw", "-F", "raw", holed_image, mounted.path / name)
     disk = opened(mounted.path / "vm")
     os.pwrite(disk, b"overlay", 8 * MIB + 5)
     os.fsync(disk)
@@ -72,13 +60,13 @@ def test_overlay_over_a_server_reads_as_the_image_and_leaves_it_alone(
     assert os.lseek(golden, 0, os.SEEK_HOLE) == MIB
     os.close(golden)
     mounted.umount()
-    assert image.read_bytes() == before
+    assert holed_image.read_bytes() == before
 
 
-def test_disk_on_a_server_keeps_what_was_written(mount: Any, servers: Servers, image: Path) -> None:
+def test_disk_on_a_server_keeps_what_was_written(mount: Any, servers: Servers, holed_image: Path) -> None:
     need("mkfs.ext4")
     need("fio")
-    uri, _ = servers.nbdkit("file", image)
+    uri, _ = servers.nbdkit("file", holed_image)
     mounted = mount({"disks": {"vm": over(uri)}})
     disk = mounted.path / "vm"
     verify = (
@@ -97,16 +85,17 @@ def test_disk_on_a_server_keeps_what_was_written(mount: Any, servers: Servers, i
     run("fsck.ext4", "-f", "-n", disk)
     assert mounted.layer("vm", -1)["connections"] == 4
     mounted.umount()
-    run("fsck.ext4", "-f", "-n", image)
+    run("fsck.ext4", "-f", "-n", holed_image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacks", ["nothing", "zeroes", "extents"])
 def test_trims_read_as_zeros_and_no_trim_is_sent(
-    mount: Any, servers: Servers, image: Path, tmp_path: Path, lacks: str
+    mount: Any, servers: Servers, holed_image: Path, tmp_path: Path, lacks: str
 ) -> None:
     log = tmp_path / "requests.log"
     filters = {"zeroes": ["--filter=nozero"], "extents": ["--filter=noextents"]}.get(lacks, [])
-    uri, _ = servers.nbdkit("--filter=log", *filters, "file", image, f"logfile={log}")
+    uri, _ = servers.nbdkit("--filter=log", *filters, "file", holed_image, f"logfile={log}")
     mounted = mount({"disks": {"vm": over(uri)}})
     disk = opened(mounted.path / "vm")
     fallocate(disk, PUNCH_HOLE | KEEP_SIZE, 4096, 10000)
@@ -117,7 +106,7 @@ def test_trims_read_as_zeros_and_no_trim_is_sent(
     for start, length in ((4096, 10000), (100000, 100)):
         expected[start : start + length] = bytes(length)
     assert (mounted.path / "vm").read_bytes()[:MIB] == expected
-    assert image.read_bytes()[:MIB] == expected
+    assert holed_image.read_bytes()[:MIB] == expected
     mounted.umount()
     said = log.read_text()
     assert " Trim " not in said
@@ -125,8 +114,10 @@ def test_trims_read_as_zeros_and_no_trim_is_sent(
     assert (" Zero " in said) == (lacks != "zeroes")
 
 
-def test_trim_reads_as_zeros_over_a_server_whose_trim_does_nothing(mount: Any, servers: Servers, image: Path) -> None:
-    name = f"{image}"
+def test_trim_reads_as_zeros_over_a_server_whose_trim_does_nothing(
+    mount: Any, servers: Servers, holed_image: Path
+) -> None:
+    name = f"{holed_image}"
     uri, _ = servers.nbdkit(
         "eval",
         f"get_size=stat -c %s {name}",
@@ -143,15 +134,21 @@ def test_trim_reads_as_zeros_over_a_server_whose_trim_does_nothing(mount: Any, s
     mounted.umount()
     expected = bytearray(pattern(MIB))
     expected[4096 : 17 * 4096] = bytes(16 * 4096)
-    assert image.read_bytes()[:MIB] == expected
+    assert holed_image.read_bytes()[:MIB] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.logs("READ .* of vm failed: vm/nbd: read 0.4096: the server says: input/output error")
 def test_error_of_the_server_fails_the_read_and_nothing_else(
-    mount: Any, servers: Servers, image: Path, tmp_path: Path
+    mount: Any, servers: Servers, holed_image: Path, tmp_path: Path
 ) -> None:
     uri, _ = servers.nbdkit(
-        "--filter=error", "file", image, "error-pread=EIO", "error-pread-rate=100%", f"error-pread-file={tmp_path}/on"
+        "--filter=error",
+        "file",
+        holed_image,
+        "error-pread=EIO",
+        "error-pread-rate=100%",
+        f"error-pread-file={tmp_path}/on",
     )
     mounted = mount({"disks": {"vm": over(uri)}})
     disk = opened(mounted.path / "vm")
@@ -169,58 +166,29 @@ def test_error_of_the_server_fails_the_read_and_nothing_else(
 # ---- servers that go
 
 
+@pytest.mark.slow
 @pytest.mark.logs("connection lost, making a new one")
 def test_server_that_is_killed_and_started_again_under_reads_costs_no_error(
-    mount: Any, servers: Servers, image: Path, wait_until: Callable[..., Any]
+    mount: Any, servers: Servers, holed_image: Path, wait_until: Callable[..., Any]
 ) -> None:
-    uri, server = servers.nbdkit("-r", "--filter=delay", "file", image, "rdelay=10ms")
+    uri, server = servers.nbdkit("-r", "--filter=delay", "file", holed_image, "rdelay=10ms")
     mounted = mount({"disks": {"vm": over(uri, "cow", deadline="30s")}})
-    content = image.read_bytes()
-    wrong: list[object] = []
-    reads = [0] * 4
-    stop = threading.Event()
-
-    def look(number: int) -> None:
-        disk = opened(mounted.path / "vm", os.O_RDONLY)
-        try:
-            while not stop.is_set():
-                at = (reads[number] * 7919 + number) * 4096 % SIZE
-                if os.pread(disk, 4096, at) != content[at : at + 4096]:
-                    wrong.append(at)
-                reads[number] += 1
-        except OSError as exc:
-            wrong.append(exc)
-        finally:
-            os.close(disk)
-
-    def wait_for_reads() -> None:
-        before = min(reads)
-        wait_until(lambda: wrong or min(reads) > before + 3, "reads by everybody")
-
-    threads = [threading.Thread(target=look, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    try:
+    with reading(mounted.path / "vm", holed_image.read_bytes(), wait_until) as readers:
         for _ in range(3):
-            wait_for_reads()
+            readers.wait_for_reads()
             server.kill()
             wait_until(lambda: mounted.layer("vm", -1)["connections"] == 0, "the loss")
             servers.restart(server)
-    finally:
-        wait_for_reads()
-        stop.set()
-        for thread in threads:
-            thread.join(30)
-    assert wrong == []
     assert mounted.status("vm")["disk"]["state"] == "serving"
     mounted.umount()
 
 
+@pytest.mark.slow
 @pytest.mark.logs("connection lost, making a new one", "are to be sent again")
 def test_write_in_flight_on_a_killed_server_is_carried_out_when_it_is_back(
-    mount: Any, servers: Servers, image: Path, wait_until: Callable[..., Any]
+    mount: Any, servers: Servers, holed_image: Path, wait_until: Callable[..., Any]
 ) -> None:
-    uri, server = servers.nbdkit("--filter=delay", "file", image, "wdelay=1")
+    uri, server = servers.nbdkit("--filter=delay", "file", holed_image, "wdelay=1")
     mounted = mount({"disks": {"vm": over(uri, fence="500ms")}})
     disk = opened(mounted.path / "vm")
     raised: list[int | None] = []
@@ -243,14 +211,15 @@ def test_write_in_flight_on_a_killed_server_is_carried_out_when_it_is_back(
     assert mounted.status("vm")["disk"]["state"] == "serving"
     os.close(disk)
     mounted.umount()
-    assert image.read_bytes()[:4096] == b"x" * 4096
+    assert holed_image.read_bytes()[:4096] == b"x" * 4096
 
 
+@pytest.mark.slow
 @pytest.mark.logs("forced stop", "still serving")
 def test_forced_stop_answers_reads_that_a_silent_server_holds(
-    mount: Any, servers: Servers, image: Path, cachefs: Any, wait_until: Any
+    mount: Any, servers: Servers, holed_image: Path, cachefs: Any, wait_until: Any
 ) -> None:
-    uri, server = servers.nbdkit("file", image)
+    uri, server = servers.nbdkit("file", holed_image)
     mounted = mount({"disks": {"vm": over(uri)}})
     assert server.process is not None
     disk = opened(mounted.path / "vm", os.O_RDONLY)
@@ -275,12 +244,13 @@ def test_forced_stop_answers_reads_that_a_silent_server_holds(
     assert [exc.errno for exc in raised] == [errno.EIO]
 
 
+@pytest.mark.slow
 def test_server_that_is_not_there_is_named_when_the_mount_fails(
-    cachefs: Callable[..., Any], tmp_path: Path, servers: Servers, image: Path
+    cachefs: Callable[..., Any], tmp_path: Path, servers: Servers, holed_image: Path
 ) -> None:
     config = tmp_path / "config.yaml"
     (tmp_path / "mnt").mkdir()
-    uri, _ = servers.nbdkit("-r", "file", image, name="there")
+    uri, _ = servers.nbdkit("-r", "file", holed_image, name="there")
     gone = f"nbd+unix:///disk?socket={tmp_path}/gone.sock"
     for disk, sentence in ((gone, "No such file or directory"), (uri, "put a cow layer above it")):
         config.write_text(
@@ -295,11 +265,12 @@ def test_server_that_is_not_there_is_named_when_the_mount_fails(
 # ---- TLS
 
 
+@pytest.mark.slow
 def test_tls_is_spoken_and_nobody_else_is_believed(
-    mount: Any, servers: Servers, image: Path, tmp_path: Path, cachefs: Callable[..., Any]
+    mount: Any, servers: Servers, holed_image: Path, tmp_path: Path, cachefs: Callable[..., Any]
 ) -> None:
     ours, theirs = certificates(tmp_path / "ours"), certificates(tmp_path / "theirs")
-    uri, _ = servers.nbdkit_tls(ours, "file", image)
+    uri, _ = servers.nbdkit_tls(ours, "file", holed_image)
     port = uri.rpartition(":")[2].rstrip("/")
     client = {"cert": str(ours / "client-cert.pem"), "key": str(ours / "client-key.pem")}
     good = {"ca": str(ours / "ca-cert.pem"), **client}
@@ -310,7 +281,7 @@ def test_tls_is_spoken_and_nobody_else_is_believed(
     os.fsync(disk)
     os.close(disk)
     mounted.umount()
-    assert image.read_bytes()[MIB : 4 * MIB] == b"\x11" * (3 * MIB)
+    assert holed_image.read_bytes()[MIB : 4 * MIB] == b"\x11" * (3 * MIB)
 
     wrong = {"ca": str(theirs / "ca-cert.pem"), **client}
     (tmp_path / "mnt").mkdir()

@@ -11,25 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_files import need, pattern, run
+from readers import reading
+from test_files import need, run
 
 pytestmark = pytest.mark.slow
 
-MIB = 1 << 20
-SIZE = 16 * MIB
 
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    """1 MiB of data at 0 and at 8 MiB, holes between."""
+@pytest.fixture(autouse=True)
+def nbdkit_is_here() -> None:
     need("nbdkit")
-    path = tmp_path / "image.raw"
-    with path.open("wb") as file:
-        file.truncate(SIZE)
-        for offset in (0, 8 * MIB):
-            file.seek(offset)
-            file.write(pattern(MIB))
-    return path
 
 
 def disk(*command: object, layers: tuple[Any, ...] = (), **options: Any) -> dict[str, Any]:
@@ -49,64 +39,33 @@ def runs(pid: int) -> bool:
 
 @pytest.mark.parametrize("foreground", [True, False])
 def test_disk_on_a_server_of_its_own_keeps_what_was_written(
-    mount: Any, image: Path, foreground: bool, wait_until: Callable[..., Any]
+    mount: Any, holed_image: Path, foreground: bool, wait_until: Callable[..., Any]
 ) -> None:
     need("mkfs.ext4")
-    mounted = mount({"disks": {"vm": disk("nbdkit", "file", image)}}, foreground=foreground)
+    mounted = mount({"disks": {"vm": disk("nbdkit", "file", holed_image)}}, foreground=foreground)
     pid = server_pid(mounted, "vm")
     run("mkfs.ext4", "-q", "-F", mounted.path / "vm")
     assert mounted.layer("vm", -1)["connections"] == 4
     mounted.umount()
     wait_until(lambda: not runs(pid), "the end of the server")
-    run("fsck.ext4", "-f", "-n", image)
+    run("fsck.ext4", "-f", "-n", holed_image)
 
 
 @pytest.mark.logs("connection lost, making a new one", "starting it again")
 def test_server_that_is_killed_under_reads_is_started_again_and_costs_no_error(
-    mount: Any, image: Path, wait_until: Callable[..., Any]
+    mount: Any, holed_image: Path, wait_until: Callable[..., Any]
 ) -> None:
     mounted = mount(
-        {"disks": {"vm": disk("nbdkit", "-r", "--filter=delay", "file", image, "rdelay=10ms", layers=("cow",))}}
+        {"disks": {"vm": disk("nbdkit", "-r", "--filter=delay", "file", holed_image, "rdelay=10ms", layers=("cow",))}}
     )
-    content = image.read_bytes()
-    wrong: list[object] = []
-    reads = [0] * 4
-    stop = threading.Event()
-
-    def look(number: int) -> None:
-        descriptor = os.open(mounted.path / "vm", os.O_RDONLY)
-        try:
-            while not stop.is_set():
-                at = (reads[number] * 7919 + number) * 4096 % SIZE
-                if os.pread(descriptor, 4096, at) != content[at : at + 4096]:
-                    wrong.append(at)
-                reads[number] += 1
-        except OSError as exc:
-            wrong.append(exc)
-        finally:
-            os.close(descriptor)
-
-    def wait_for_reads() -> None:
-        before = min(reads)
-        wait_until(lambda: wrong or min(reads) > before + 3, "reads by everybody")
-
-    threads = [threading.Thread(target=look, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
     pids = set()
-    try:
+    with reading(mounted.path / "vm", holed_image.read_bytes(), wait_until) as readers:
         for _ in range(3):
-            wait_for_reads()
+            readers.wait_for_reads()
             pid = wait_until(lambda: server_pid(mounted, "vm"), "a server")
             pids.add(pid)
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda pid=pid: server_pid(mounted, "vm") not in (0, pid), "the next server")
-        wait_for_reads()
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(30)
-    assert wrong == []
     assert len(pids) == 3
     assert mounted.layer("vm", -1)["server_starts"] == 4
     mounted.umount()
@@ -118,12 +77,12 @@ def test_server_that_is_killed_under_reads_is_started_again_and_costs_no_error(
 
 @pytest.mark.logs("the server did not end", "connection lost", "forced stop", "of stuck failed", "stuck/nbd")
 def test_server_that_hangs_stops_neither_other_disks_nor_a_forced_unmount(
-    mount: Any, image: Path, tmp_path: Path, cachefs: Any, wait_until: Callable[..., Any]
+    mount: Any, holed_image: Path, tmp_path: Path, cachefs: Any, wait_until: Callable[..., Any]
 ) -> None:
     mounted = mount(
         {
             "disks": {
-                "stuck": disk("nbdkit", "-r", "file", image, layers=("cow",)),
+                "stuck": disk("nbdkit", "-r", "file", holed_image, layers=("cow",)),
                 "fine": disk("nbdkit", "memory", "1M"),
             }
         }
@@ -154,12 +113,12 @@ def _read_if_possible(path: Path) -> None:
 
 
 def test_servers_end_when_the_daemon_is_killed_and_the_next_mount_has_new_ones(
-    mount: Any, image: Path, wait_until: Callable[..., Any]
+    mount: Any, holed_image: Path, wait_until: Callable[..., Any]
 ) -> None:
     need("qemu-nbd")
     config = {
         "disks": {
-            "vm": disk("qemu-nbd", "-t", "-e", "4", "-f", "raw", image),
+            "vm": disk("qemu-nbd", "-t", "-e", "4", "-f", "raw", holed_image),
             "scratch": disk("nbdkit", "memory", "1M"),
         }
     }
@@ -176,9 +135,9 @@ def test_servers_end_when_the_daemon_is_killed_and_the_next_mount_has_new_ones(
     mounted.umount()
 
 
-def test_what_the_server_says_is_logged_with_the_name_of_the_disk(mount: Any, image: Path) -> None:
+def test_what_the_server_says_is_logged_with_the_name_of_the_disk(mount: Any, holed_image: Path) -> None:
     script = 'echo "first line" >&2; echo "second line" >&2; exec nbdkit file "$1"'
-    mounted = mount({"disks": {"vm": disk("sh", "-c", script, "sh", image)}})
+    mounted = mount({"disks": {"vm": disk("sh", "-c", script, "sh", holed_image)}})
     mounted.umount()
     assert re.search(r"vm/nbd: server: first line\n.*vm/nbd: server: second line\n", mounted.log())
 

@@ -9,26 +9,13 @@ from typing import Any
 
 import pytest
 from nbdservers import Servers
-from test_files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, need, pattern, run
+from test_files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, need, run
 
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
-SIZE = 16 * MIB
 KINDS = ("nbd-server", "nbd-server-bare", "nofua", "rate", "log")
 STACKS: dict[str, list[Any]] = {"bare": [], "cached": [{"cache": {"pool": "node", "mode": "write-through"}}]}
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    """1 MiB of data at 0 and at 8 MiB, holes between."""
-    path = tmp_path / "image.raw"
-    with path.open("wb") as file:
-        file.truncate(SIZE)
-        for offset in (0, 8 * MIB):
-            file.seek(offset)
-            file.write(pattern(MIB))
-    return path
 
 
 def serve(servers: Servers, kind: str, image: Path) -> str:
@@ -57,12 +44,12 @@ def config(tmp_path: Path, uri: str, layers: list[Any], **keys: Any) -> dict[str
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_flushed_and_trimmed_is_in_the_image(
-    mount: Any, servers: Servers, image: Path, tmp_path: Path, kind: str, stack: str
+    mount: Any, servers: Servers, holed_image: Path, tmp_path: Path, kind: str, stack: str
 ) -> None:
     need("fio")
-    uri = serve(servers, kind, image)
+    uri = serve(servers, kind, holed_image)
     mounted = mount(config(tmp_path, uri, STACKS[stack]))
-    content = bytearray(image.read_bytes())
+    content = bytearray(holed_image.read_bytes())
     disk = os.open(mounted.path / "vm", os.O_RDWR)
     for offset, data in ((5, b"unaligned"), (MIB - 3, b"into a hole"), (8 * MIB + 4096, os.urandom(MIB))):
         os.pwrite(disk, data, offset)
@@ -71,7 +58,7 @@ def test_what_is_written_flushed_and_trimmed_is_in_the_image(
         fallocate(disk, mode, offset, length)
         content[offset : offset + length] = bytes(length)
     os.fsync(disk)
-    assert image.read_bytes() == content
+    assert holed_image.read_bytes() == content
     if (log := tmp_path / "requests.log").exists():
         assert " Flush " in log.read_text()
         assert " Trim " not in log.read_text()
@@ -82,7 +69,7 @@ def test_what_is_written_flushed_and_trimmed_is_in_the_image(
     assert "err= 0" in run("fio", "--name=v", f"--filename={mounted.path / 'vm'}", *sizes, *verify).stdout
     said = (mounted.path / "vm").read_bytes()
     mounted.umount()
-    assert image.read_bytes() == said
+    assert holed_image.read_bytes() == said
 
     mounted = mount(config(tmp_path, uri, STACKS[stack]))
     assert (mounted.path / "vm").read_bytes() == said
@@ -90,9 +77,9 @@ def test_what_is_written_flushed_and_trimmed_is_in_the_image(
 
 
 def test_synchronous_write_is_flushed_where_the_server_knows_no_fua(
-    mount: Any, servers: Servers, image: Path, tmp_path: Path
+    mount: Any, servers: Servers, holed_image: Path, tmp_path: Path
 ) -> None:
-    uri = serve(servers, "nofua", image)
+    uri = serve(servers, "nofua", holed_image)
     mounted = mount(config(tmp_path, uri, []))
     disk = os.open(mounted.path / "vm", os.O_RDWR | os.O_DSYNC)
     os.pwrite(disk, b"x" * 4096, 4096)
@@ -104,11 +91,11 @@ def test_synchronous_write_is_flushed_where_the_server_knows_no_fua(
 
 @pytest.mark.parametrize("kind", ["nbd-server", "log"])
 def test_cached_image_is_read_from_the_server_once(
-    mount: Any, servers: Servers, image: Path, tmp_path: Path, kind: str
+    mount: Any, servers: Servers, holed_image: Path, tmp_path: Path, kind: str
 ) -> None:
-    uri = serve(servers, kind, image)
+    uri = serve(servers, kind, holed_image)
     layers = ["cow", {"cache": {"pool": "node"}}]
-    content = image.read_bytes()
+    content = holed_image.read_bytes()
     mounted = mount(config(tmp_path, uri, layers))
     assert (mounted.path / "vm").read_bytes() == content
     disk = os.open(mounted.path / "vm", os.O_RDWR)
@@ -122,22 +109,22 @@ def test_cached_image_is_read_from_the_server_once(
     mounted = mount(config(tmp_path, uri, layers))
     assert (mounted.path / "vm").read_bytes() == content[: 8 * MIB] + b"overlay" + content[8 * MIB + 7 :]
     mounted.umount()
-    assert image.read_bytes() == content
+    assert holed_image.read_bytes() == content
     if kind == "log":
         reads = re.findall(
             r" Read id=\S+ offset=0x([0-9a-f]+) count=0x([0-9a-f]+)", (tmp_path / "requests.log").read_text()
         )
-        assert len(reads) == 16, "what the image is known by, and nothing else"
+        assert len(reads) == 16, "what the holed_image is known by, and nothing else"
 
 
 def test_read_only_export_is_refused_for_writing(
-    mount: Any, servers: Servers, image: Path, tmp_path: Path, cachefs: Any
+    mount: Any, servers: Servers, holed_image: Path, tmp_path: Path, cachefs: Any
 ) -> None:
-    uri = servers.nbd_server(image, readonly="true")
+    uri = servers.nbd_server(holed_image, readonly="true")
     (tmp_path / "mnt").mkdir()
     done = cachefs("mount", "--foreground", mount.write(config(tmp_path, uri, [])), tmp_path / "mnt")
     assert done.returncode == 3
     assert "put a cow layer above it, or say read_only: true" in done.stderr
     mounted = mount(config(tmp_path, uri, [], read_only=True))
-    assert (mounted.path / "vm").read_bytes() == image.read_bytes()
+    assert (mounted.path / "vm").read_bytes() == holed_image.read_bytes()
     mounted.umount()

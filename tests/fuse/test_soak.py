@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aio_client import Iocb, IoEvent
 
 FAULTY = (str(Path(__file__).with_name("faulty.py")),)
 DISKS = 100
@@ -29,29 +30,6 @@ IO_CMD_PREAD, IO_CMD_PWRITE = 0, 1
 # A leak of one request's record (a Request with its reply and scope, 1 KiB at least) would be 6 MiB per wave, of one buffer
 # page 25 MiB. What remains without any leak is the allocator's: arenas that one long-lived object keeps.
 TOLERANCE = 3 << 20
-
-
-class Iocb(ctypes.Structure):
-    """Source: linux/aio_abi.h, struct iocb."""
-
-    _fields_ = (
-        ("data", ctypes.c_uint64),
-        ("key", ctypes.c_uint32),
-        ("rw_flags", ctypes.c_uint32),
-        ("opcode", ctypes.c_uint16),
-        ("priority", ctypes.c_int16),
-        ("descriptor", ctypes.c_uint32),
-        ("buffer", ctypes.c_uint64),
-        ("length", ctypes.c_uint64),
-        ("offset", ctypes.c_int64),
-        ("reserved", ctypes.c_uint64),
-        ("flags", ctypes.c_uint32),
-        ("eventfd", ctypes.c_uint32),
-    )
-
-
-class IoEvent(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_uint64), ("iocb", ctypes.c_uint64), ("result", ctypes.c_int64), ("_", ctypes.c_int64))
 
 
 class Timespec(ctypes.Structure):
