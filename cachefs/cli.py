@@ -157,13 +157,13 @@ def map_disk(where: Path, disk: str, as_json: bool) -> None:
       cachefs map /mnt/disks vm1
       cachefs map --json config.yaml vm1 | jq '[.[] | select(.data).length] | add'
     """
-    from cachefs import diskmap
+    from cachefs import diskmap, mapview
 
     found = diskmap.read(where, disk)
     if as_json:
         click.echo(json.dumps(found.as_qemu()))
     else:
-        diskmap.show(found)
+        mapview.show(found)
 
 
 @cli.command()
