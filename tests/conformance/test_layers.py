@@ -17,7 +17,7 @@ CASES = cases(Path(__file__).parents[2] / "config.example.yaml")
 
 
 SLOW_PATHS_IN_THE_INNER_LOOP = {"cow", "cache-small", "align512"}
-EVEN_SIZES_IN_THE_INNER_LOOP = {"cow", "cache", "extents", "coalesce", "align4096"}
+EVEN_SIZES_IN_THE_INNER_LOOP = {"cow", "cache", "align4096"}
 
 
 def _parameters() -> list[object]:

@@ -18,6 +18,7 @@ def test_clipped_extents_lie_within_the_range() -> None:
     assert clip_extents(extents, 30, 40) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[100], [30, 50, 20], [1, 98, 1]])
 @given(held=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 100)).filter(lambda one: one[0] < one[1])))
 def test_what_is_held_is_data_and_the_rest_is_as_it_was(lengths: list[int], held: list[tuple[int, int]]) -> None:

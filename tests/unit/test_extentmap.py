@@ -39,6 +39,7 @@ def described(known: dict[int, ExtentKind], offset: int, end: int) -> list[Exten
     return found
 
 
+@pytest.mark.slow
 @given(steps)
 @settings(deadline=None)
 def test_map_knows_what_was_learnt_last_and_not_forgotten(steps: list[object]) -> None:

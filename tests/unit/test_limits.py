@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,6 +85,7 @@ def test_a_queued_request_that_nobody_wants_leaves_the_queue() -> None:
     assert (found.queued_bytes, found.requests) == (0, BUFFERS_PER_DISK)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from(["ask", "done"]), st.integers(0, 9000)), max_size=400))
 def test_counts_agree_with_a_plain_model(steps: list[tuple[int, str, int]]) -> None:
     found = admission(background=200, queue_bytes=100_000)

@@ -87,6 +87,7 @@ def test_simple_replies_in_any_order_reach_their_requests() -> None:
     assert not parser.pending
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # the machine's time, not ours
 @given(st.data())
 def test_a_read_in_any_chunks_and_any_pieces_gives_its_bytes(draw: st.DataObject) -> None:
