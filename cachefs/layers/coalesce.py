@@ -141,7 +141,8 @@ class Coalesce:
         async with _open_memory(name, env, child, body_size(config.cluster, slots)) as memory:
             clusters = Clusters(memory.body, child.geometry.size, config.cluster, slots)
             async with trio.open_nursery() as nursery:
-                layer = cls(name, config, child, clusters, nursery)
+                write_outs: trio.Nursery = await nursery.start(_run_shielded)
+                layer = cls(name, config, child, clusters, write_outs)
                 for cluster in clusters.open:
                     layer._ask(cluster)
                 nursery.start_soon(layer._write_what_is_due)
@@ -149,6 +150,7 @@ class Coalesce:
                     yield layer
                 finally:
                     problem = await layer._flush_last(env.forced_stop)
+                    write_outs.cancel_scope.cancel()
                     nursery.cancel_scope.cancel()
         if problem is not None:
             raise problem
@@ -460,11 +462,11 @@ class Coalesce:
     def _held_runs(self, offset: int, end: int) -> list[Range]:
         """The parts of *offset* to *end* of which there are bytes here, coarsely: units, in order."""
         found: list[Range] = []
-        for cluster in self.clusters.span(offset, end - offset):
-            base = cluster * self.clusters.cluster_size
-            for slot in (self.clusters.frozen.get(cluster), self.clusters.open.get(cluster)):
-                if slot is not None:
-                    found += [(base + first, base + last) for first, last in slot.units(self._unit)]
+        span = self.clusters.span(offset, end - offset)
+        for slot in (*self.clusters.frozen.values(), *self.clusters.open.values()):
+            if slot.cluster in span:
+                base = slot.cluster * self.clusters.cluster_size
+                found += [(base + first, base + last) for first, last in slot.units(self._unit)]
         return sorted((max(first, offset), min(last, end)) for first, last in found if last > offset and first < end)
 
     async def prefetch(self, offset: int, length: int) -> None:
@@ -495,6 +497,14 @@ class Coalesce:
         if self._errors:
             values["error"] = str(next(iter(self._errors.values())))
         return Statistics(self.name, values, self.child.statistics())
+
+
+async def _run_shielded(task_status: trio.TaskStatus[trio.Nursery]) -> None:
+    """A nursery whose tasks go on when we are cancelled, until somebody cancels itself."""
+    async with trio.open_nursery() as nursery:
+        nursery.cancel_scope.shield = True
+        task_status.started(nursery)
+        await trio.sleep_forever()
 
 
 def _open_memory(name: str, env: Environment, child: Layer, length: int) -> AbstractAsyncContextManager[SurvivorMemory]:

@@ -16,7 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from cachefs.backends.memory import Memory
 from cachefs.errors import BackendError, CachefsError, NoSpaceError, PermanentError, StoreError
-from cachefs.extent import ExtentKind
+from cachefs.extent import Extent, ExtentKind
 from cachefs.layers.base import Environment, Layer
 from cachefs.layers.checked import Checked
 from cachefs.layers.coalesce import Coalesce, CoalesceConfig
@@ -305,6 +305,20 @@ async def test_what_cannot_be_written_at_close_is_an_error() -> None:
         await write_and_close()
 
 
+async def test_what_is_on_its_way_goes_down_also_when_all_is_cancelled() -> None:
+    """As when another disk's bug ends the daemon: whoever takes over must not find the memory gone and bytes missing."""
+    with trio.CancelScope() as everything:
+        async with coalesced() as disk:
+            await disk.write(100, patterns(1, 1000))
+            held = disk.gate.hold("write")
+            await disk.write(3 * CLUSTER, patterns(2, CLUSTER))
+            await held.wait_until_held()
+            everything.cancel()
+            held.open()
+            await trio.sleep_forever()
+    disk.check_outside()
+
+
 # ---- flush
 
 
@@ -526,6 +540,18 @@ async def test_what_is_buffered_over_a_hole_is_data_also_when_it_is_written_out_
             await held.wait_until_held()
             await disk.top.flush()
             held.open()
+
+
+@pytest.mark.timeout(20)
+async def test_the_map_of_a_huge_disk_costs_what_is_buffered_and_not_its_size(tmp_path: Path) -> None:
+    size = 1 << 50
+    below = Watched(Checked(Memory("disk/memory", size, SECTOR, {})))
+    hole = mock.AsyncMock(return_value=[Extent(0, size, ExtentKind.HOLE)])
+    with mock.patch.object(below, "extents", hole):
+        async with Coalesce.open(CoalesceConfig(), below, Environment("disk", tmp_path)) as layer:
+            await layer.write(size - 100, patterns(1, 100))
+            found = await layer.extents(0, size)
+    assert [(one.offset, one.kind) for one in found] == [(0, ExtentKind.HOLE), (size - SECTOR, ExtentKind.DATA)]
 
 
 # ---- mutants: each of them is noticed by the scenario that was written for it

@@ -927,6 +927,10 @@ async def test_a_memory_stays_when_the_store_cannot_be_opened_or_the_daemon_fail
     for error in (StoreError("x", "y"), ExceptionGroup("of a nursery", [StoreError("x", "y")]), bug):
         with pytest.raises(type(error)):
             await fail(error)
+    with trio.CancelScope() as scope:
+        async with env.memory("disk/nbd", "nbd", 1, "store", 4096):
+            scope.cancel()
+            await trio.lowlevel.checkpoint()
     async with env.memory("disk/nbd", "nbd", 1, "store", 4096) as memory:
         assert memory.is_inherited
         assert memory.body[0] == 7
