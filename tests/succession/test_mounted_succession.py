@@ -38,9 +38,11 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def disks(image: Path, folder: Path) -> dict[str, Any]:
-    """vm1: an overlay; vm2: one over a cache that is too small; vm3: written over NBD; golden: what vm2 is over, to be read."""
-    empty, remote = folder / "empty.raw", folder / "remote.raw"
-    for path in (empty, remote):
+    """vm1: an overlay; vm2: one over a cache that is too small; vm3: written over NBD; vm4: gathered, then past the page cache;
+    golden: what vm2 is over, to be read.
+    """
+    empty, remote, direct = folder / "empty.raw", folder / "remote.raw", folder / "direct.raw"
+    for path in (empty, remote, direct):
         with path.open("wb") as file:
             file.truncate(SIZE)
     return {
@@ -50,6 +52,10 @@ def disks(image: Path, folder: Path) -> dict[str, Any]:
             "vm1": {"layers": [{"cow": {}}], "backend": {"file": {"path": str(empty)}}},
             "vm2": {"layers": [{"cow": {}}], "image": "base"},
             "vm3": {"backend": {"nbd": {"command": ["nbdkit", "file", str(remote)], "on_failure": "hold"}}},
+            "vm4": {
+                "layers": [{"coalesce": {"cluster": "256KiB", "buffer": "8MiB"}}],
+                "backend": {"file": {"path": str(direct), "direct": True}},
+            },
             "golden": {"image": "base"},
         },
     }
@@ -119,7 +125,7 @@ class Reader(threading.Thread):
 
 @contextmanager
 def load(mounted: Served, image: Path, seconds: float) -> Iterator[Reader]:
-    jobs = [Fio(mounted.path / name, mounted.folder, seconds) for name in ("vm1", "vm2", "vm3")]
+    jobs = [Fio(mounted.path / name, mounted.folder, seconds) for name in ("vm1", "vm2", "vm3", "vm4")]
     reader = Reader(mounted.path / "golden", image)
     reader.start()
     yield reader
