@@ -19,6 +19,7 @@ from powercut import Group, play, request
 
 from cachefs.errors import CachefsError
 from cachefs.layers.coalesce import Coalesce
+from cachefs.layers.writeouts import WriteOuts
 from cachefs.store.clusters import Slot
 from cachefs.testing.model import Flush, Op, Trim, Write, Zero
 from cachefs.testing.rules import Rule
@@ -135,14 +136,14 @@ async def flush_after_a_write_out_failed(stack: Stack, log: WriteLog) -> None:
 
 
 async def _flush_here_only(layer: Coalesce) -> None:
-    for write_out in [layer._ask(cluster) for cluster in {*layer.clusters.open, *layer.clusters.frozen}]:
+    for write_out in [layer.write_outs.ask(cluster) for cluster in {*layer.clusters.open, *layer.clusters.frozen}]:
         await write_out.done.wait()
         if write_out.error is not None:
             raise write_out.error
 
 
 async def _flush_open_ones(layer: Coalesce) -> None:
-    for write_out in [layer._ask(cluster) for cluster in layer.clusters.open]:
+    for write_out in [layer.write_outs.ask(cluster) for cluster in layer.clusters.open]:
         await write_out.done.wait()
         if write_out.error is not None:
             raise write_out.error
@@ -154,22 +155,22 @@ async def _flush_first(layer: Coalesce) -> None:
     await _flush_here_only(layer)
 
 
-async def _forget_errors(layer: Coalesce, slot: Slot) -> None:
-    await _write_out(layer, slot)
+async def _forget_errors(write_outs: WriteOuts, slot: Slot) -> None:
+    await _write_out(write_outs, slot)
 
 
-async def _complete_with_rubbish(layer: Coalesce, slot: Slot, start: int, end: int) -> None:
+async def _complete_with_rubbish(write_outs: WriteOuts, slot: Slot, start: int, end: int) -> None:
     for first, last in slot.gaps(start, end):
         slot.put(first, b"\x5a" * (last - first))
 
 
-_write_out = Coalesce._write_out
-MUTANTS: dict[str, tuple[str, Any, Callable[[Stack, WriteLog], Awaitable[None]]]] = {
-    "store-not-flushed": ("flush", _flush_here_only, write_flush_and_write),
-    "store-flushed-first": ("flush", _flush_first, write_flush_and_write),
-    "write-out-not-waited-for": ("flush", _flush_open_ones, flush_beside_a_write_out),
-    "errors-hidden": ("_write_out", _forget_errors, flush_after_a_write_out_failed),
-    "padded-with-rubbish": ("_complete_units", _complete_with_rubbish, write_flush_and_write),
+_write_out = WriteOuts._write_out
+MUTANTS: dict[str, tuple[type, str, Any, Callable[[Stack, WriteLog], Awaitable[None]]]] = {
+    "store-not-flushed": (Coalesce, "flush", _flush_here_only, write_flush_and_write),
+    "store-flushed-first": (Coalesce, "flush", _flush_first, write_flush_and_write),
+    "write-out-not-waited-for": (Coalesce, "flush", _flush_open_ones, flush_beside_a_write_out),
+    "errors-hidden": (WriteOuts, "_write_out", _forget_errors, flush_after_a_write_out_failed),
+    "padded-with-rubbish": (WriteOuts, "_complete_units", _complete_with_rubbish, write_flush_and_write),
 }
 
 
@@ -184,8 +185,8 @@ async def test_nothing_is_lost_in(case: Case, scenario: Callable[[Stack, WriteLo
 @pytest.mark.logs("a write-out failed")
 @pytest.mark.parametrize("mutant", MUTANTS)
 async def test_a_scenario_notices(mutant: str) -> None:
-    name, instead, scenario = MUTANTS[mutant]
-    with mock.patch.object(Coalesce, name, instead):
+    owner, name, instead, scenario = MUTANTS[mutant]
+    with mock.patch.object(owner, name, instead):
         log, content = await record(DIRECT, scenario)
     with pytest.raises(AssertionError, match=r"cut after entry \d+: (sector \d+ holds|nobody touched)"):
         cut_everywhere(log, content, random.Random(1))

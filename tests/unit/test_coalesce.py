@@ -23,6 +23,7 @@ from cachefs.layers.coalesce import Coalesce, CoalesceConfig
 from cachefs.rangelock import RangeLocks
 from cachefs.store.clusters import Clusters, Slot
 from cachefs.testing.faults import Faults
+from cachefs.testing.gate import Held
 from cachefs.testing.model import Model, Write, assert_same, read, read_all, write
 from cachefs.testing.stacks import Bench, Case, Stack, coalesce_layer
 from cachefs.testing.strategies import patterns
@@ -445,6 +446,83 @@ async def test_one_bad_place_does_not_keep_others_from_being_written() -> None:
         disk.check_outside()
 
 
+# ---- past the buffer, when it is full and gathering does not pay
+
+
+async def scatter_and_fill(disk: Opened) -> list[Held]:
+    """Small write-outs, of late; then clusters 0 to 13 take every slot, and none but the last goes down until it is let go."""
+    for index in range(24):
+        await disk.write(index % 14 * CLUSTER, patterns(index + 1, 4096))
+        await disk.top.flush()
+    holds = [disk.gate.hold("write", start=index * CLUSTER, end=(index + 1) * CLUSTER) for index in range(13)]
+    for index in range(14):
+        await disk.write(index * CLUSTER + 100, patterns(index + 50, 512))
+    return holds
+
+
+async def what_goes_past_the_buffer_is_there(disk: Opened) -> None:
+    holds = await scatter_and_fill(disk)
+    before = len(disk.below.writes)
+    with trio.fail_after(5):
+        await disk.write(17 * CLUSTER + 512, patterns(1, 4096))
+    assert disk.below.writes[before:] == [(17 * CLUSTER + 512, patterns(1, 4096))]
+    await disk.check()
+    assert disk.stack.coalesce is not None
+    await disk.stack.coalesce.write(13 * CLUSTER, patterns(2, 4096))  # there was room for it all the time
+    disk.model.apply(Write(13 * CLUSTER, patterns(2, 4096)))
+    await disk.check()
+    for held in holds:
+        held.open()
+    await disk.top.flush()
+    disk.check_outside()
+
+
+async def a_write_beside_one_past_the_buffer_stays_newer(disk: Opened) -> None:
+    holds = await scatter_and_fill(disk)
+    past = disk.gate.hold("write", start=17 * CLUSTER)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(disk.write, 17 * CLUSTER, patterns(1, 4096))
+        await past.wait_until_held()
+        for held in holds:
+            held.open()
+        await wait_all_tasks_blocked()
+        await write(disk.top, 17 * CLUSTER + 100, patterns(2, 512))
+        nursery.start_soon(disk.top.flush)
+        await wait_all_tasks_blocked()
+        past.open()
+    disk.model.apply(Write(17 * CLUSTER + 100, patterns(2, 512)))
+    await disk.check()
+    await disk.top.flush()
+    disk.check_outside()
+
+
+async def test_a_write_past_the_buffer_that_fails_tells_its_writer_alone() -> None:
+    async with coalesced() as disk:
+        holds = await scatter_and_fill(disk)
+        disk.faults.add("write", start=17 * CLUSTER)
+        with pytest.raises(PermanentError):
+            await write(disk.top, 17 * CLUSTER, patterns(1, 4096))
+        for held in holds:
+            held.open()
+        await disk.top.flush()
+        disk.check_outside()
+
+
+async def test_a_stream_that_outruns_its_store_is_gathered_all_the_same() -> None:
+    async with coalesced(buffer=FIVE) as disk, trio.open_nursery() as nursery:
+        held = disk.gate.hold("write", once=False)
+
+        async def stream() -> None:
+            for offset in range(0, 20 * CLUSTER, 4096):
+                await disk.write(offset, patterns(offset // 4096 % 250 + 1, 4096))
+
+        nursery.start_soon(stream)
+        await wait_all_tasks_blocked()
+        held.open()
+    assert {len(data) for _, data in disk.below.writes} == {CLUSTER}
+    disk.check_outside()
+
+
 # ---- trim and zero
 
 
@@ -566,6 +644,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     writes_during_a_write_out_that_fails_stay_newer,
     a_flush_waits_for_the_write_out_under_way,
     a_flush_has_what_was_written_beside_a_write_out,
+    what_goes_past_the_buffer_is_there,
+    a_write_beside_one_past_the_buffer_stays_newer,
     a_trim_comes_after_the_write_out_under_way,
     a_write_beside_a_trim_is_kept,
     a_trim_that_fails_leaves_what_was_written_or_zeros,
@@ -606,7 +686,7 @@ def _forget_newer(clusters: Clusters, slot: Slot) -> None:
 
 
 async def _flush_open_ones(layer: Coalesce) -> None:
-    for write_out in [layer._ask(cluster) for cluster in layer.clusters.open]:
+    for write_out in [layer.write_outs.ask(cluster) for cluster in layer.clusters.open]:
         await write_out.done.wait()
         if write_out.error is not None:
             raise write_out.error
@@ -616,7 +696,7 @@ async def _flush_open_ones(layer: Coalesce) -> None:
 async def _flush_and_wait(layer: Coalesce) -> None:
     """For nothing."""
     for cluster in [*layer.clusters.open]:
-        layer._ask(cluster)
+        layer.write_outs.ask(cluster)
     await layer.child.flush()
 
 
@@ -638,9 +718,9 @@ def _merge_the_wrong_way(clusters: Clusters, slot: Slot) -> None:
 async def _clear_at_once(
     layer: Coalesce, offset: int, length: int, below: Callable[[int, int], Awaitable[None]]
 ) -> None:
-    locks, layer._locks = layer._locks, RangeLocks()
+    locks, layer.write_outs.locks = layer.write_outs.locks, RangeLocks()
     await _clear(layer, offset, length, below)
-    layer._locks = locks
+    layer.write_outs.locks = locks
 
 
 def _drop_early(slot: Slot, start: int, end: int) -> None:
@@ -653,6 +733,18 @@ async def _read_late(layer: Coalesce, offset: int, buffer: memoryview) -> None:
     await layer._read_below(0, whole)
     buffer[:] = whole[offset : offset + len(buffer)]
     layer.clusters.overlay(offset, buffer)
+
+
+async def _write_through_over_what_is_here(layer: Coalesce, cluster: int, offset: int, data: memoryview) -> bool:
+    hold = await layer.write_outs.locks.acquire(cluster, cluster + 1)
+    await layer.write_outs.write_below(offset, data)
+    layer.write_outs.locks.release(hold)
+    return True
+
+
+async def _write_through_without_lock(layer: Coalesce, cluster: int, offset: int, data: memoryview) -> bool:
+    await layer.write_outs.write_below(offset, data)
+    return True
 
 
 _complete, _thaw, _freeze = Clusters.complete, Clusters.thaw, Clusters.freeze
@@ -672,6 +764,14 @@ MUTANTS: dict[str, tuple[tuple[Patch, ...], Scenario]] = {
     "flush-hides-errors": (
         ((Coalesce, "flush", _flush_and_raise_nothing),),
         failed_write_outs_fail_every_flush_until_one_succeeds,
+    ),
+    "past-the-buffer-below-older-bytes": (
+        ((Coalesce, "_write_through", _write_through_over_what_is_here),),
+        what_goes_past_the_buffer_is_there,
+    ),
+    "past-the-buffer-without-lock": (
+        ((Coalesce, "_write_through", _write_through_without_lock),),
+        a_write_beside_one_past_the_buffer_stays_newer,
     ),
     "trim-without-lock": (((Coalesce, "_clear", _clear_at_once),), a_trim_comes_after_the_write_out_under_way),
     "dropped-before-trim": (((Slot, "zero", _drop_early),), a_trim_that_fails_leaves_what_was_written_or_zeros),

@@ -95,7 +95,7 @@ class Disk:
 
         self.faults.try_write = lambda offset, data: False  # type: ignore[method-assign]
         self.faults.write = wait  # type: ignore[method-assign]
-        self.layer.child = Checked(self.faults)
+        self.layer.write_outs._child = Checked(self.faults)
 
     def store(self) -> bytes:
         return unfold(self.chunks, SIZE)
