@@ -265,6 +265,7 @@ class Disks:
                 min_free=keys.min_free,
                 evict=keys.evict,
                 block_size=keys.block_size,
+                direct=keys.direct,
                 patience_s=keys.cache_timeout,
                 survivors=self._survivors,
             )

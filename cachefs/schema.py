@@ -87,6 +87,8 @@ class PoolKeys(Options):
     """What happens when the quota is reached: what is used least makes room, or nothing more is kept."""
     block_size: BlockSize = 64 << 10
     """Unit of fetching and keeping: a power of two from 4KiB to 1MiB. To change it empties the pool."""
+    direct: bool = False
+    """What is cached bypasses the page cache (O_DIRECT): memory belongs to the guests. Maps do not matter."""
     cache_timeout: Annotated[Duration, Field(ge=0.05, le=60)] = 1.0
     """How long the pool's file system may take for an answer before disks are served without it."""
 

@@ -25,7 +25,7 @@ import trio
 from cachefs.errors import BackendError, StoreError, from_os_error
 from cachefs.extent import Extent, ExtentKind
 from cachefs.layers.base import ALL_CAPS, Caps, Done, Environment, Geometry, Later, Options, Statistics
-from cachefs.store.directfile import DirectFile, ask_alignment
+from cachefs.store.directfile import DirectFile, open_direct
 from cachefs.store.failedflag import FailedFlag
 from cachefs.store.identity import Identity, identity_of_device, identity_of_file
 from cachefs.store.imagelock import lock_image
@@ -170,7 +170,7 @@ class File:
             if self._witness is not None:
                 os.fdatasync(self._witness)
                 self._witness = None
-            os.fdatasync(self._file.descriptor)
+            self._file.sync_now()
         except OSError as exc:
             raise self._flag.fail(exc, self._path) from exc
         finally:
@@ -284,7 +284,11 @@ def _open_now(
             raise StoreError(name, f"{path} is empty, and a disk cannot be: `truncate -s 20G {path}` gives it a size")
         lock_image(descriptor, f"{name}: {path}", writable=writable)
         identity = identity_of_device(descriptor, size) if is_device else identity_of_file(descriptor)
-        file = _open_direct(name, path, descriptor, size, writable) if config.direct else LocalFile(descriptor, size)
+        file = (
+            open_direct(DirectFile, name, path, descriptor, size, writable=writable)
+            if config.direct
+            else LocalFile(descriptor, size)
+        )
         if kept is not None:
             kept.keep()
         return file, identity, is_device, kept
@@ -293,21 +297,4 @@ def _open_now(
             os.close(descriptor)
         else:
             kept.give_back()
-        raise
-
-
-def _open_direct(name: str, path: str, buffered: int, size: int, writable: bool) -> DirectFile:
-    """The file of *buffered*, which becomes the result's, once more with O_DIRECT."""
-    advice = "take `direct: true` out, or move the file to a file system that has it, such as ext4 or xfs"
-    try:
-        descriptor = os.open(f"/proc/self/fd/{buffered}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_DIRECT)
-    except OSError as exc:
-        raise StoreError(name, f"cannot open {path} with O_DIRECT: {exc.strerror}; {advice}") from exc
-    try:
-        alignment = ask_alignment(descriptor)
-        if alignment is None:
-            raise StoreError(name, f"the file system of {path} has no direct I/O; {advice}")
-        return DirectFile(descriptor, buffered, size, alignment)
-    except BaseException:
-        os.close(descriptor)
         raise

@@ -63,6 +63,8 @@ class CowConfig(Options):
     """Most bytes of data that the overlay may hold; beyond it the guest gets ENOSPC. Default: no limit."""
     ephemeral: bool = False
     """Deleted when the disk is detached; a flush then need not make anything durable."""
+    direct: bool = False
+    """The overlay's data bypasses the page cache (O_DIRECT): memory belongs to the guests. Its map does not matter."""
     detect_zeroes: bool = False
     """Whole blocks that are written full of zeros are stored as zero blocks, which take no space."""
 
@@ -112,6 +114,7 @@ class Cow:
                 FailedFlag(env.state_dir, env.owner, name),
                 env.survivors,
                 durable=not config.ephemeral,
+                direct=config.direct,
             ) as store:
                 yield cls(name, config, child, store)
             if config.ephemeral:

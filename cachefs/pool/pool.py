@@ -43,6 +43,7 @@ from cachefs.pool.holes import room_on_disk
 from cachefs.pool.image import INSTALLERS, Flight, PoolImage
 from cachefs.pool.summap import PAGE_SIZE
 from cachefs.store import files
+from cachefs.store.directfile import refuse_without_direct
 from cachefs.store.files import Header, StoreFormat, StoreLock
 from cachefs.store.identity import Identity
 from cachefs.store.localfile import KEEP_SIZE, PUNCH_HOLE, fallocate
@@ -76,6 +77,7 @@ class Pool:
         min_free: int,
         evict: Literal["never", "sieve"],
         block_size: int,
+        direct: bool,
         patience_s: float,
         survivors: Survivors,
     ) -> None:
@@ -83,6 +85,7 @@ class Pool:
         self.name = name
         self.min_free = min_free
         self.block_size = block_size
+        self.direct = direct
         self.patience_s = patience_s
         self.survivors = survivors
         self.account = Account(quota)
@@ -149,7 +152,7 @@ class Pool:
         header = Header(size, self.block_size, identity, format=POOL_IMAGE)
         try:
             await trio.to_thread.run_sync(_make_image, path, header, label)
-            opened = await trio.to_thread.run_sync(open_image_files, path, header, self.survivors)
+            opened = await trio.to_thread.run_sync(open_image_files, path, header, self.survivors, self.direct)
             image = PoolImage(self, path, label, header, opened)
             image.map.settle()
             await trio.to_thread.run_sync(opened.keep)
@@ -395,7 +398,7 @@ class Pool:
                 header = await trio.to_thread.run_sync(read_header, path, POOL_IMAGE)
                 if header.block_size != self.block_size:
                     raise FormatError(str(path), f"has blocks of {header.block_size} bytes, the pool {self.block_size}")
-                opened = await trio.to_thread.run_sync(open_image_files, path, header, self.survivors)
+                opened = await trio.to_thread.run_sync(open_image_files, path, header, self.survivors, self.direct)
             except (VersionError, LayoutError, LockedError):
                 raise
             except StoreError as exc:
@@ -463,15 +466,16 @@ async def open_pool(
     min_free: int = 0,
     evict: Literal["never", "sieve"] = "sieve",
     block_size: int = 64 << 10,
+    direct: bool = False,
     patience_s: float = 1.0,
     survivors: Survivors | None = None,
 ) -> AsyncIterator[Pool]:
-    """The pool in the directory *path*, made where there is none. On exit it is synced and closed.
+    """The pool in the directory *path*, made where there is none. On exit it is synced and closed. direct: past the page cache.
 
     After a start with a smaller quota it is brought below that before this returns. Raises: StoreError, LockedError.
     """
-    lock = await trio.to_thread.run_sync(_prepare, path, name, evict)
-    pool = Pool(path, name, quota, min_free, evict, block_size, patience_s, survivors or Survivors())
+    lock = await trio.to_thread.run_sync(_prepare, path, name, evict, direct)
+    pool = Pool(path, name, quota, min_free, evict, block_size, direct, patience_s, survivors or Survivors())
     try:
         async with trio.open_nursery() as nursery:
             pool._nursery = nursery
@@ -512,9 +516,9 @@ def digest_of(identity: Identity, size: int, block_size: int, owner: str = "") -
     return hashlib.sha256(json.dumps(known_by, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def open_image_files(path: Path, header: Header, survivors: Survivors) -> StoreFiles:
+def open_image_files(path: Path, header: Header, survivors: Survivors, direct: bool = False) -> StoreFiles:
     size = summap.working_size(-(-header.size // header.block_size))
-    return open_files(path, header, survivors, MEMORY_KIND, summap.LAYOUT, size, inline_writes=False)
+    return open_files(path, header, survivors, MEMORY_KIND, summap.LAYOUT, size, inline_writes=False, direct=direct)
 
 
 def read_label(path: Path) -> str:
@@ -530,7 +534,7 @@ def _make_image(path: Path, header: Header, label: str) -> None:
     (path / "label").write_text(label, encoding="utf-8")
 
 
-def _prepare(path: Path, name: str, evict: str) -> StoreLock:
+def _prepare(path: Path, name: str, evict: str, direct: bool) -> StoreLock:
     """Make the directory where there is none, and lock it. Blocks. Raises: StoreError."""
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -555,6 +559,8 @@ def _prepare(path: Path, name: str, evict: str) -> StoreLock:
         (path / "images").mkdir(exist_ok=True)
         for left in (path / "images").glob(".*.new-*"):  # of a process that died while it made one
             shutil.rmtree(left, ignore_errors=True)
+        if direct:  # an image that cannot be opened so would be dropped
+            refuse_without_direct(f"pools.{name}", path / "pool")
         if evict == "sieve" and not _can_punch(path):
             raise StoreError(
                 str(path),

@@ -125,7 +125,7 @@ class BlockStore:
             raise self.failed
         self.map.sync = SyncState.UNDER_WAY
         try:
-            os.fdatasync(self.data.descriptor)
+            self.data.sync_now()
         except OSError as exc:
             raise self.flag.fail(exc, self.path / "data") from exc
         if copies:
@@ -312,14 +312,24 @@ def block_count(header: Header) -> int:
 
 @asynccontextmanager
 async def open_store(
-    path: Path, name: str, header: Header, flag: FailedFlag, survivors: Survivors, *, durable: bool = True
+    path: Path,
+    name: str,
+    header: Header,
+    flag: FailedFlag,
+    survivors: Survivors,
+    *,
+    durable: bool = True,
+    direct: bool = False,
 ) -> AsyncIterator[BlockStore]:
     """The store at *path*, which exists and whose lock the caller holds. On exit: flushed, then closed.
 
+    direct: its data bypasses the page cache; the caller locks the blocks of every write then, also of one in part of them.
+
     Raises: StoreError, FormatError.
     """
+    size = working_size(block_count(header))
     opened = await trio.to_thread.run_sync(
-        open_files, path, header, survivors, MEMORY_KIND, LAYOUT, working_size(block_count(header))
+        lambda: open_files(path, header, survivors, MEMORY_KIND, LAYOUT, size, direct=direct)
     )
     store = BlockStore(path, name, header, opened, flag)
     store.durable = durable

@@ -2,8 +2,9 @@
 
 Always in one of a few threads of the file (`cachefs.store.workers`). What the caller hands over goes to the kernel as it is
 where its address is aligned, as the buffers of FUSE requests and of `coalesce` are; anything else is copied through
-aligned memory of a pool. The caller keeps to the alignment of offsets and lengths. Where the size of a file is no multiple of
-it, the last bytes go through the page cache, which the kernel keeps in agreement with direct I/O, and a sync covers them.
+aligned memory of a pool. The caller of a `DirectFile` keeps to the alignment of offsets and lengths, that of a `CompletedFile`
+need not. Where the size of a file is no multiple of it, the last bytes go through the page cache, which the kernel keeps in
+agreement with direct I/O, and a sync covers them.
 
 Sources: open(2) O_DIRECT, statx(2) STATX_DIOALIGN, linux/stat.h.
 """
@@ -16,11 +17,13 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from cachefs.errors import StoreError
 from cachefs.store.localfile import THREADS_PER_FILE_SYSTEM, LocalFile
 from cachefs.store.workers import Workers
-from cachefs.units import align_down
+from cachefs.units import align_down, align_up
 
 T = TypeVar("T")
 
@@ -109,6 +112,16 @@ class DirectFile(LocalFile):
         buffered, self._buffered = self._buffered, -1
         os.close(buffered)
 
+    def let_go(self) -> None:
+        """The buffered descriptor stays open."""
+        self._workers.close()
+        os.close(self.descriptor)
+        self.descriptor = self._buffered = -1
+
+    def sync_now(self) -> None:
+        # Of the two the one that a predecessor may have had, and with it the kernel's word of what it failed to write.
+        os.fdatasync(self._buffered)
+
     def _probe_reads(self) -> int | None:
         return None  # nothing runs on the loop
 
@@ -141,6 +154,7 @@ class DirectFile(LocalFile):
 
     def write_now(self, offset: int, pieces: Sequence[memoryview | bytes]) -> None:
         """Write *pieces* one behind the other, all or raise."""
+        pieces = [piece for piece in pieces if len(piece)]
         data = memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         direct = min(len(data), max(0, self._direct_end - offset))
         for at, part in _parts(data[:direct]):
@@ -165,6 +179,68 @@ class DirectFile(LocalFile):
     def _is_aligned(self, view: memoryview) -> bool:
         """Whether the kernel takes its address. Of read-only memory nobody can say."""
         return not view.readonly and not ctypes.addressof(ctypes.c_char.from_buffer(view)) & self._memory_mask
+
+
+class CompletedFile(DirectFile):
+    """Takes any range. What a write has only in part of its first and last unit is read first: whoever writes sees to it
+    that nobody else writes these units meanwhile, as one does who holds a lock on the blocks of a store.
+    """
+
+    def _units(self, offset: int, length: int) -> tuple[int, int]:
+        """Where the units that the range touches begin and end."""
+        return align_down(offset, self.alignment), min(align_up(offset + length, self.alignment), self.size)
+
+    def read_now(self, offset: int, buffer: memoryview) -> None:
+        start, end = self._units(offset, len(buffer))
+        if end - start == len(buffer):
+            super().read_now(offset, buffer)
+            return
+        whole = memoryview(bytearray(end - start))
+        super().read_now(start, whole)
+        buffer[:] = whole[offset - start : offset - start + len(buffer)]
+
+    def write_now(self, offset: int, pieces: Sequence[memoryview | bytes]) -> None:
+        length = sum(map(len, pieces))
+        start, end = self._units(offset, length)
+        if end - start == length:
+            super().write_now(offset, pieces)
+            return
+        whole = memoryview(bytearray(end - start))
+        last = align_down(end - 1, self.alignment)
+        if offset > start:
+            super().read_now(start, whole[: self.alignment])
+        if offset + length < end and (last > start or offset == start):
+            super().read_now(last, whole[last - start :])
+        whole[offset - start : offset - start + length] = b"".join(pieces)
+        super().write_now(start, (whole,))
+
+
+def refuse_without_direct(where: str, path: Path) -> None:
+    """Raises: StoreError when the file at *path* cannot be opened with O_DIRECT, and what to do about its like."""
+    descriptor = os.open(path, os.O_RDWR)
+    open_direct(DirectFile, where, str(path), descriptor, 0, writable=True).close()
+
+
+AnyDirectFile = TypeVar("AnyDirectFile", bound=DirectFile)
+
+
+def open_direct(
+    kind: type[AnyDirectFile], where: str, path: str, buffered: int, size: int, *, writable: bool
+) -> AnyDirectFile:
+    """The file of *buffered*, opened once more with O_DIRECT. *where*: the owner, for errors. Raises: StoreError."""
+    advice = "take `direct: true` out, or move the file to a file system that has it, such as ext4 or xfs"
+    try:
+        descriptor = os.open(f"/proc/self/fd/{buffered}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_DIRECT)
+    except OSError as exc:
+        raise StoreError(where, f"cannot open {path} with O_DIRECT: {exc.strerror}; {advice}") from exc
+    try:
+        alignment = ask_alignment(descriptor)
+        if alignment is None:
+            raise StoreError(where, f"the file system of {path} has no direct I/O; {advice}")
+        return kind(descriptor, buffered, size, alignment)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def _parts(view: memoryview) -> list[tuple[int, memoryview]]:

@@ -126,6 +126,10 @@ class LocalFile:
         descriptor, self.descriptor = self.descriptor, -1
         os.close(descriptor)
 
+    def let_go(self) -> None:
+        """As `close`, but the descriptor was and is somebody else's."""
+        self.descriptor = -1
+
     def _probe_reads(self) -> int | None:
         """Flags for a read on the loop, or None where none is safe."""
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from cachefs.errors import FormatError, LockedError, StoreError
 from cachefs.extent import ExtentKind
 from cachefs.store import files
+from cachefs.store.directfile import CompletedFile, open_direct
 from cachefs.store.files import HEADER_SIZE, OVERLAY, Header, StoreFormat
 from cachefs.store.localfile import LocalFile
 from cachefs.store.sectors import SECTOR_SIZE, SectorCopy
@@ -94,7 +95,14 @@ class StoreFiles:
     _PARTS = (("data", "data"), ("map", "mapfile"), ("data", "data-witness"), ("map", "map-witness"))
 
     def __init__(
-        self, survivors: Survivors, path: Path, header: Header, memory: SurvivorMemory, inline_writes: bool
+        self,
+        survivors: Survivors,
+        path: Path,
+        header: Header,
+        memory: SurvivorMemory,
+        *,
+        inline_writes: bool,
+        direct: bool,
     ) -> None:
         self.survivors = survivors
         self.header = header
@@ -107,7 +115,11 @@ class StoreFiles:
                 self._descriptors[name] = self._open(path / part, name)
             _, data, map_file, *self._witnesses = self._descriptors.values()
             refuse_held(path, data)  # no news where the descriptor is a predecessor's: the lock came with it
-            self.data = LocalFile(data, header.size, inline_writes=inline_writes)
+            self.data = (
+                open_direct(CompletedFile, str(path), str(path / "data"), data, header.size, writable=True)
+                if direct
+                else LocalFile(data, header.size, inline_writes=inline_writes)
+            )
             self.map_file = LocalFile(map_file, files.map_size(header))
         except BaseException:
             survivors.give_back(self._descriptors)
@@ -145,7 +157,8 @@ class StoreFiles:
         """is_durable: the memory says nothing that the files do not. Else whoever opens the store next goes on with it."""
         if is_durable:
             self.survivors.drop(self._descriptors)
-        self.data.descriptor = self.map_file.descriptor = -1  # whoever comes late must not meet another file
+        for file in (self.data, self.map_file):  # whoever comes late must not meet another file
+            file.let_go()
         self.survivors.give_back(self._descriptors)
 
 
@@ -163,11 +176,15 @@ def open_files(
     length: int,
     *,
     inline_writes: bool = True,
+    direct: bool = False,
 ) -> StoreFiles:
-    """The files of the store at *path*, and its memory *kind* of *length* bytes. Raises: StoreError and its kinds."""
+    """The files of the store at *path*, and its memory *kind* of *length* bytes. direct: its data past the page cache.
+
+    Raises: StoreError and its kinds.
+    """
     try:
         memory = survivors.memory(kind, {layout}, header.uuid, length, path / "epoch")
-        return StoreFiles(survivors, path, header, memory, inline_writes)
+        return StoreFiles(survivors, path, header, memory, inline_writes=inline_writes, direct=direct)
     except OSError as exc:
         raise _cannot_open(path, exc) from exc
 

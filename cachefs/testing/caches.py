@@ -174,8 +174,8 @@ class CacheBench:
             top = Checked(cache)
             yield CachedDisk(SlowOnly(top) if self.slow else top, cache, below, faults, recorder)
 
-    def _open_gated(self, path: Path, header: Header, survivors: Survivors) -> StoreFiles:
-        opened = _open_image_files(path, header, survivors)
+    def _open_gated(self, path: Path, header: Header, survivors: Survivors, direct: bool) -> StoreFiles:
+        opened = _open_image_files(path, header, survivors, direct)
         self.gate.watch(opened.data, opened.map_file)
         return opened
 

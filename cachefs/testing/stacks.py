@@ -65,7 +65,7 @@ class Case:
     keeps: bool = True
     writable: bool = True
     direct: bool = False
-    """The file of a file backend bypasses the page cache."""
+    """The file of a file backend bypasses the page cache, and so does the pool."""
     on_disk: bool = False
     """In a folder on a real disk instead of tmpfs."""
     quota: int = 64 << 20
@@ -128,6 +128,7 @@ class Bench:
                     name,
                     quota=case.quota,
                     block_size=case.block_size,
+                    direct=case.direct,
                     survivors=self.survivors,
                 )
                 pools[name] = await stack.enter_async_context(pool)
@@ -296,6 +297,18 @@ def _own_cases(size: int) -> Iterator[Case]:
     yield Case("coalesce-cow", size, coalesce_layer() + cow_layer(block_size="64KiB"))
     yield Case("direct", size, backend="file", direct=True, on_disk=True)
     yield Case("coalesce-direct", size, coalesce_layer(cluster="64KiB"), backend="file", direct=True, on_disk=True)
+    yield Case("cow-direct", size, cow_layer(direct=True), on_disk=True)
+    yield Case(
+        "cow-cache-direct",
+        size,
+        cow_layer() + cache_layer(),
+        "file",
+        direct=True,
+        on_disk=True,
+        quota=SMALL_QUOTA,
+        block_size=4096,
+    )
+    yield Case("cache-through-direct", size, cache_layer("write-through"), "file", direct=True, on_disk=True)
     yield Case("cow-on-disk", size, cow_layer(), backend="file", on_disk=True)
 
 

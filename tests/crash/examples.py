@@ -17,6 +17,7 @@ CASES = (
     Case("cow", SIZE, cow_layer(), slow=True),
     Case("cow-8KiB-zeroes", SIZE, cow_layer(block_size="8KiB", detect_zeroes=True)),
     Case("cow-on-disk", SIZE, cow_layer(), on_disk=True),
+    Case("cow-direct", SIZE, cow_layer(direct=True), on_disk=True),
 )
 
 

@@ -9,12 +9,14 @@ import contextlib
 import random
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import trio
+from loopmounts import fresh_file_system
 from powercut import Group, play, request
 
 from cachefs.errors import CachefsError
@@ -32,6 +34,7 @@ SIZE = 2 * CLUSTER + 1000
 LAYERS = coalesce_layer(cluster="64KiB", buffer="360KiB", max_delay="1ms")
 BUFFERED = Case("coalesce-file", SIZE, LAYERS, backend="file", slow=True)
 DIRECT = Case("coalesce-direct", SIZE, LAYERS, backend="file", direct=True, on_disk=True)
+LARGE = replace(DIRECT, name="coalesce-large", layers=coalesce_layer(cluster="4MiB", buffer="20MiB", max_delay="1ms"))
 VARIANTS: tuple[Keep, ...] = (nothing, everything)
 EIO = OSError(5, "Input/output error")
 
@@ -48,9 +51,12 @@ def cut_everywhere(log: WriteLog, content: bytes, dice: random.Random) -> int:
     return cuts
 
 
-async def record(case: Case, act: Callable[[Stack, WriteLog], Awaitable[None]]) -> tuple[WriteLog, bytes]:
-    """What happened to the file while *act* was at work on the disk, closing included."""
-    with tempfile.TemporaryDirectory(prefix="cachefs-", dir=None if case.on_disk else "/dev/shm") as folder:
+async def record(
+    case: Case, act: Callable[[Stack, WriteLog], Awaitable[None]], root: Path | None = None
+) -> tuple[WriteLog, bytes]:
+    """What happened to the file while *act* was at work on the disk, closing included. root: where it lies."""
+    root = root if root is not None or case.on_disk else Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="cachefs-", dir=root) as folder:
         bench = Bench(case, Path(folder, "bench"))
         log = WriteLog(bench.folder)
         with log.recording():
@@ -75,7 +81,7 @@ def some_groups(dice: random.Random) -> Sequence[Group]:
     return [Group(tuple(some_op(dice) for _ in range(dice.randint(2, 6)))) for _ in range(dice.randint(1, 4))]
 
 
-async def search(case: Case, seed: int) -> int:
+async def search(case: Case, seed: int, root: Path | None = None) -> int:
     dice = random.Random(seed)
 
     async def act(stack: Stack, log: WriteLog) -> None:
@@ -85,7 +91,7 @@ async def search(case: Case, seed: int) -> int:
             stack.gate.hold("write", nth=nth)
         await play(stack, log, some_groups(dice), dice)
 
-    log, content = await record(case, act)
+    log, content = await record(case, act, root)
     return cut_everywhere(log, content, dice)
 
 
@@ -105,6 +111,23 @@ async def test_thousands_of_power_cuts_lose_nothing_that_was_flushed(case: Case)
         seed = dice.randrange(1 << 32)
         print(f"seed {seed}")  # shown when the test fails
         cuts += await search(case, seed)
+
+
+ALONE = Case("direct", SIZE, backend="file", direct=True, on_disk=True)
+
+
+@pytest.mark.slow
+@pytest.mark.logs("a write-out failed", "the last flush failed")
+@pytest.mark.parametrize("case", [DIRECT, LARGE, ALONE], ids=lambda case: case.name)
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+async def test_power_cuts_on_a_file_system_of_its_own_lose_nothing(case: Case, kind: str, tmp_path: Path) -> None:
+    dice = random.Random()
+    with fresh_file_system(kind, tmp_path / kind) as (root, _):
+        cuts = 0
+        while cuts < 500:
+            seed = dice.randrange(1 << 32)
+            print(f"seed {seed}")  # shown when the test fails
+            cuts += await search(case, seed, root)
 
 
 # ---- mutants

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -79,3 +80,36 @@ def test_fio_finds_every_byte_again_and_the_host_caches_none(
     assert cached_pages(image) == 0
     mounted.umount()
     image.unlink()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_overlay_and_a_cache_past_the_page_cache_are_right_and_the_host_caches_none(
+    mount: Any, roots: dict[str, Path], kind: str
+) -> None:
+    root = roots[kind]
+    base = root / "base.raw"
+    with base.open("wb") as file:
+        file.write(random.Random(1).randbytes(8 << 20))
+        file.truncate(32 << 20)
+    mounted = mount(
+        {
+            "pools": {"node": {"path": str(root / "pool"), "quota": "48MiB", "direct": True}},
+            "images": {
+                "base": {
+                    "layers": [{"cache": {"pool": "node"}}],
+                    "backend": {"file": {"path": str(base), "direct": True}},
+                }
+            },
+            "disks": {"disk": {"layers": [{"cow": {"path": str(root / "overlay"), "direct": True}}], "image": "base"}},
+        }
+    )
+    assert (mounted.path / "disk").read_bytes() == base.read_bytes()
+    verify = ("--rw=randrw", "--bsrange=512-64k", "--size=32m", "--io_size=24m", "--verify=crc32c", "--direct=1")
+    fio(mounted.path / "disk", "--ioengine=libaio", "--iodepth=16", "--norandommap=0", *verify)
+    (cached,) = (root / "pool").glob("images/*/data")
+    assert cached.stat().st_blocks * 512 > 4 << 20, "nothing was cached"
+    assert [cached_pages(path) for path in (cached, root / "overlay" / "data")] == [0, 0]
+    mounted.umount()
+    shutil.rmtree(root / "pool")
+    shutil.rmtree(root / "overlay")
+    base.unlink()

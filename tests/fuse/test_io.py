@@ -8,28 +8,16 @@ import json
 import mmap
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loopmounts import FILE_SYSTEMS, loop_device, mounted_at, need, run
 
 MIB = 1 << 20
 KIB64 = 64 << 10
 ROOT = Path(__file__).parents[2]
-
-
-def need(*programs: str) -> None:
-    for program in programs:
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
-
-
-def run(*command: object, **options: Any) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100, check=False, **options)
-    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    return done.stdout
 
 
 def digest(path: Path) -> str:
@@ -202,31 +190,6 @@ def test_fsync_is_a_flush(
 # ---- file systems
 
 
-@contextlib.contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    if os.getuid() != 0:
-        pytest.skip("only root can set up a loop device")
-    need("losetup")
-    try:
-        device = run("losetup", "--find", "--show", "--direct-io=on", path).strip()
-    except AssertionError as exc:
-        pytest.skip(f"no loop device: {exc}")
-    try:
-        yield device
-    finally:
-        run("losetup", "-d", device)
-
-
-@contextlib.contextmanager
-def mounted_at(device: str, folder: Path) -> Iterator[Path]:
-    folder.mkdir(exist_ok=True)
-    run("mount", device, folder)
-    try:
-        yield folder
-    finally:
-        run("umount", folder)
-
-
 def make_tree(folder: Path) -> Path:
     """Files of many sizes, 24 MiB in all, for `digests`."""
     tree = folder / "tree"
@@ -240,13 +203,6 @@ def make_tree(folder: Path) -> Path:
 
 def digests(tree: Path) -> dict[str, str]:
     return {str(path.relative_to(tree)): digest(path) for path in sorted(tree.rglob("*")) if path.is_file()}
-
-
-FILE_SYSTEMS = {
-    # name: (make, check, bytes of the disk); xfs wants at least 300 MiB
-    "ext4": (("mkfs.ext4", "-q", "-F"), ("e2fsck", "-fn"), 96 * MIB),
-    "xfs": (("mkfs.xfs", "-q", "-f"), ("xfs_repair", "-n"), 320 * MIB),
-}
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loopmounts import loop_device
 from nbdservers import Servers
 from test_files import KEEP_SIZE, PUNCH_HOLE, fallocate, need, pattern, run
-from test_io import loop_device
 
 pytestmark = pytest.mark.slow
 

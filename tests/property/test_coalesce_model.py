@@ -1,4 +1,4 @@
-"""The coalescer against the model: any operations, one by one and at the same time, with write-outs held and failing."""
+"""The coalescer and direct files against the model: one by one and at the same time, with write-outs held and failing."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ cases = st.sampled_from(
         Case("coalesce-512", SIZE, SMALL_BUFFER, alignment=512),
         Case("coalesce-4096-slow", SIZE, SMALL_BUFFER, alignment=4096, slow=True),
         Case("coalesce-large", SIZE, coalesce_layer(cluster="1MiB", buffer="8MiB", max_delay="1h"), alignment=512),
+        Case("coalesce-direct", SIZE, SMALL_BUFFER, backend="file", direct=True, on_disk=True),
+        Case("direct", SIZE, backend="file", direct=True, on_disk=True),
     ]
 )
 
@@ -38,7 +40,7 @@ cases = st.sampled_from(
 @given(cases, st.lists(operations(SIZE, CLUSTER), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
 async def test_disk_agrees_with_the_model_after_any_operations(case: Case, steps: list[Op]) -> None:
-    with tempfile.TemporaryDirectory(prefix="cachefs-", dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory(prefix="cachefs-", dir=None if case.on_disk else "/dev/shm") as folder:
         bench = Bench(case, Path(folder))
         model = Model(bench.content)
         async with bench.open() as stack:
@@ -56,6 +58,8 @@ overlapping = st.sampled_from(
         Case("coalesce", SMALL, SMALL_BUFFER),
         Case("coalesce-512", SMALL, SMALL_BUFFER, alignment=512),
         Case("coalesce-4096-slow", SMALL, SMALL_BUFFER, alignment=4096, slow=True),
+        Case("coalesce-direct", SMALL, SMALL_BUFFER, backend="file", direct=True, on_disk=True),
+        Case("direct", SMALL, backend="file", direct=True, on_disk=True),
     ]
 )
 rounds = st.lists(
@@ -71,7 +75,7 @@ HELD = ("read_into", "write", "trim", "zero", "extents", "flush")
 async def test_operations_at_the_same_time_leave_what_some_order_leaves(
     case: Case, rounds: list[list[Op]], seed: int
 ) -> None:
-    with tempfile.TemporaryDirectory(prefix="cachefs-", dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory(prefix="cachefs-", dir=None if case.on_disk else "/dev/shm") as folder:
         bench = Bench(case, Path(folder))
         model = Model(bench.content)
         async with bench.open() as stack:

@@ -28,6 +28,7 @@ kinds = st.sampled_from(
         Case("cow-zeroes", SIZE, cow_layer(detect_zeroes=True)),
         Case("cow-file", SIZE, cow_layer(), backend="file"),
         Case("cow-align", SIZE, cow_layer(), alignment=4096),
+        Case("cow-direct", SIZE, cow_layer(direct=True), on_disk=True),
         Case("align", SIZE, alignment=512),
     ]
 )
@@ -36,7 +37,7 @@ kinds = st.sampled_from(
 @given(kinds, st.lists(st.one_of(operations(SIZE, BLOCK), st.just(REOPEN)), min_size=1, max_size=25))
 @settings(max_examples=60, deadline=None)
 async def test_disk_agrees_with_the_model_after_any_operations(case: Case, steps: list[Op | str]) -> None:
-    with tempfile.TemporaryDirectory(prefix="cachefs-", dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory(prefix="cachefs-", dir=None if case.on_disk else "/dev/shm") as folder:
         bench = Bench(case, Path(folder))
         model = Model(bench.content)
         async with AsyncExitStack() as opened:
@@ -58,6 +59,7 @@ overlapping_kinds = st.sampled_from(
         Case("cow-slow", SMALL, cow_layer(), slow=True),
         Case("cow-8KiB-zeroes", SMALL, cow_layer(block_size="8KiB", detect_zeroes=True)),
         Case("cow-file", SMALL, cow_layer(), backend="file"),
+        Case("cow-direct", SMALL, cow_layer(direct=True), on_disk=True),
         Case("cow-align", SMALL, cow_layer(), alignment=4096),
         Case("align", SMALL, alignment=4096),
     ]
@@ -74,7 +76,7 @@ rounds = st.lists(
 async def test_operations_at_the_same_time_leave_what_some_order_leaves(
     case: Case, rounds: list[list[Op]], seed: int
 ) -> None:
-    with tempfile.TemporaryDirectory(prefix="cachefs-", dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory(prefix="cachefs-", dir=None if case.on_disk else "/dev/shm") as folder:
         bench = Bench(case, Path(folder))
         model = Model(bench.content)
         async with bench.open() as stack:

@@ -19,7 +19,7 @@ from cachefs.layers.base import Environment
 from cachefs.store import directfile
 from cachefs.store.directfile import Alignment, DirectFile, ask_alignment
 from cachefs.testing.model import Extents, Flush, Model, Read, Trim, Write, Zero, assert_same, read_all, run_one
-from cachefs.testing.stacks import EVEN_SIZE, ODD_SIZE, Bench, Case, coalesce_layer, layers_of
+from cachefs.testing.stacks import EVEN_SIZE, ODD_SIZE, Bench, Case, coalesce_layer, cow_layer, layers_of
 from cachefs.testing.strategies import patterns
 
 UNALIGNED = [
@@ -79,6 +79,23 @@ async def test_everything_that_reaches_the_descriptor_is_aligned(tmp_path: Path,
     assert bench.image.stat().st_size == size
 
 
+@pytest.mark.parametrize("size", [ODD_SIZE, EVEN_SIZE])
+async def test_everything_that_an_overlay_asks_of_its_file_reaches_it_aligned(tmp_path: Path, size: int) -> None:
+    bench = Bench(Case("cow-direct", size, cow_layer(direct=True), on_disk=True), tmp_path / "bench")
+    model = Model(bench.content)
+    async with bench.open() as stack:
+        assert stack.cow is not None
+        file = stack.cow.store.data
+        assert isinstance(file, DirectFile)
+        with only_aligned(file) as called:
+            for op in UNALIGNED:
+                await run_one(stack.top, op, model)
+            assert_same(await read_all(stack.top), model.content, 0)
+            await stack.top.flush()
+        assert {"preadv", "pwritev"} <= set(called)
+        assert stack.outside() == model.content
+
+
 async def test_the_watch_itself_notices_what_is_not_aligned(tmp_path: Path) -> None:
     bench = Bench(Case("direct", EVEN_SIZE, backend="file", direct=True), tmp_path / "bench")
     async with bench.open() as stack:
@@ -118,7 +135,7 @@ def test_a_file_without_direct_io_is_probed_in_vain(tmp_path: Path) -> None:
 async def test_a_file_system_without_direct_io_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(bytes(8192))
     config = FileConfig(path=tmp_path / "image", direct=True)
-    nothing = mock.patch("cachefs.backends.file.ask_alignment", return_value=None)
+    nothing = mock.patch("cachefs.store.directfile.ask_alignment", return_value=None)
     with nothing, pytest.raises(StoreError, match="no direct I/O; take `direct: true` out"):
         async with File.open(config, Environment("vm1", tmp_path)):
             pass
