@@ -5,6 +5,7 @@
 # guest=boot    the same read-write; then checks what earlier boots wrote, writes, syncs, reads it back, trims
 # guest=fill    the same as check, then leaves 32 MiB in /scratch, which the next guest=boot removes and trims
 # guest=churn   the same as check, then writes 200 MiB, deletes them and trims
+# guest=fio     fio, from the disk of tools on /dev/vdb, writes a file of 24 MiB past the page cache and compares it
 # guest=load    writes, syncs and reads files on /dev/vda and on the ext4 of /dev/vdb, until a line comes from the console
 # guest=errors  the same, without file systems: reads /dev/vda, writes its last 8 MiB and /dev/vdb, and says what fails
 #
@@ -196,6 +197,21 @@ boot)
     drop_caches
     verify /mnt manifest || fail "files of the base have changed after fstrim"
     verify /mnt/written $boot.sha256 || fail "what this boot wrote has changed after fstrim"
+    ;;
+
+fio)
+    mkdir -p /tools
+    mount -t ext4 -o ro /dev/vdb /tools || fail "cannot mount /dev/vdb"
+    /tools/lib/ld-linux-x86-64.so.2 --library-path /tools/lib /tools/tool --name=job --filename=/mnt/fio --thread \
+        --rw=randrw --bsrange=512-64k --size=24m --io_size=36m --direct=1 --ioengine=libaio --iodepth=16 --fsync=64 \
+        --verify=crc32c --verify_fatal=1 --verify_state_save=0 --output=/fio.txt || {
+        cat /fio.txt
+        fail "fio found wrong bytes or an error"
+    }
+    echo "GUEST fio: $(grep -c 'err= 0' /fio.txt) job without an error"
+    umount /tools
+    drop_caches
+    verify /mnt manifest || fail "files of the base have changed beside fio"
     ;;
 
 load)

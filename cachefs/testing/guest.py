@@ -2,10 +2,11 @@
 
     build(folder)     -> Guest         folder/{vmlinuz,initrd.gz}, made again only when what they are made of changed
     make_image(path)                   an ext4 with files and their digests, made without root rights or a loop device
+    make_tools(path, program)          one with a program of this machine
     guest.boot(disk)  -> list[str]     runs qemu-system-x86_64 to the end; the lines in which the guest says what it did
 
 What the guest does is guest-init.sh. The kernel package is downloaded and unpacked, never installed. Programs used:
-apt-get, dpkg-deb, cpio, a static busybox, mke2fs, qemu-system-x86_64; `scripts/lib.sh` installs them. From a shell:
+apt-get, dpkg-deb, cpio, ldd, a static busybox, mke2fs, qemu-system-x86_64; `scripts/lib.sh` installs them. From a shell:
 
     python -m cachefs.testing.guest build .build/guest
     python -m cachefs.testing.guest image base.raw
@@ -101,6 +102,24 @@ def make_image(
             part.rename(path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def make_tools(path: Path, program: str) -> None:
+    """An ext4 at *path*, the second disk of guest=fio: /tool is *program* of this machine, /lib has what it is linked to.
+
+    Raises: GuestError when it is not installed.
+    """
+    found = _run(["ldd", _program(program)])
+    with tempfile.TemporaryDirectory(prefix="cachefs-guest-") as scratch:
+        libraries = Path(scratch, "root", "lib")
+        libraries.mkdir(parents=True)
+        shutil.copy(_program(program), libraries.parent / "tool")
+        for library in re.findall(r"(/\S+) \(0x", found):
+            shutil.copy(library, libraries)
+        size = sum(file.stat().st_size for file in libraries.iterdir()) + 32 * MIB
+        with path.open("wb") as image:
+            image.truncate(size)
+        _run(["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-d", libraries.parent, path])
 
 
 # ------------------------------------------------------------------------------------------------- kernel and initrd

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cachefs.testing.guest import Guest
+from cachefs.testing.guest import MIB, Guest, make_tools
 from cachefs.testing.writelog import Replay, SyncEnded, WriteLog, at_random, materialise, nothing
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -50,6 +51,17 @@ def test_what_a_guest_synced_survives_the_death_of_the_daemon(mount: Mount, gues
     check_file_system(disk)
     mounted = mount(gathered(disk))
     assert "boot 2, wrote before: ok" in guest.boot(mounted.path / "vm1")
+    mounted.umount()
+    check_file_system(disk)
+
+
+def test_fio_in_a_guest_finds_every_byte_again(mount: Mount, guest: Guest, disk: Path, tmp_path: Path) -> None:
+    if shutil.which("fio") is None:
+        pytest.skip("fio is not installed")
+    make_tools(tmp_path / "tools", "fio")
+    mounted = mount(gathered(disk))
+    assert "fio: 1 job without an error" in guest.boot(mounted.path / "vm1", "fio", second=tmp_path / "tools")
+    assert mounted.layer("vm1")["bytes_in"] > 30 * MIB
     mounted.umount()
     check_file_system(disk)
 
