@@ -39,6 +39,7 @@ from cachefs.units import Duration, Size, align_down, align_up, format_size, is_
 log = logging.getLogger(__name__)
 
 MEMORY_KIND = "coalesce"
+TRIES = 16  # once in so many times what would go straight below is gathered, if there is room
 LAYOUT = 1  # of the survivor memory: see cachefs.store.clusters
 
 
@@ -92,6 +93,7 @@ class Coalesce:
         self._alignment = child.geometry.alignment
         self._most_open = clusters.slots * 3 // 4
         self._room = trio.lowlevel.ParkingLot()
+        self._passing = self._asked = 0  # writes that go straight below, and how often it was asked whether they shall
         self._bytes_in = self._waits = self._written_through = 0
 
     @classmethod
@@ -167,8 +169,8 @@ class Coalesce:
                 self.write_outs.ask(slot.cluster)
             return True
         lacks = self.clusters.lacks(offset, len(data))
-        if lacks and (lacks > self.clusters.free or len(self._room)):  # nobody overtakes who waits for room
-            return False
+        if lacks and (lacks > self.clusters.free or len(self._room) or self._is_better_below(offset, data)):
+            return False  # nobody overtakes who waits for room
         self._put(offset, data)
         return True
 
@@ -227,12 +229,20 @@ class Coalesce:
             self._room.unpark()  # the next one finds more room, or asks for it
 
     def _is_better_below(self, offset: int, data: memoryview | bytes) -> bool:
-        """Whether there is no room, and of late a write-out was hardly more than this alone."""
-        if self.clusters.free or self.write_outs.mean >= 2 * len(data):
+        """Whether to gather it would not pay: of late a write-out was hardly more than this alone, and there is no room.
+
+        Nor is room taken from those that go down already; but now and then, in case that a stream has begun.
+        """
+        if self.write_outs.mean >= 2 * len(data):
             return False
         whole = self.write_outs.unit - 1
         end = offset + len(data)
-        return not offset & whole and (not end & whole or end == self._size)
+        if offset & whole or (end & whole and end != self._size):
+            return False
+        if not self.clusters.free:
+            return True
+        self._asked = (self._asked + 1) % TRIES
+        return self._passing > 0 and self._asked != 0
 
     async def _write_through(self, cluster: int, offset: int, data: memoryview | bytes) -> bool:
         """Write whole units straight below; False: there is something of their cluster here, which would lie over them."""
@@ -240,8 +250,12 @@ class Coalesce:
         try:
             if cluster in self.clusters.open:
                 return False
-            # What is put into the cluster from here on overlaps this write in time, and is written out behind it.
-            await self.write_outs.write_below(offset, memoryview(data))
+            self._passing += 1
+            try:
+                # What is put into the cluster from here on overlaps this write in time, and is written out behind it.
+                await self.write_outs.write_below(offset, memoryview(data))
+            finally:
+                self._passing -= 1
         finally:
             self.write_outs.locks.release(hold)
         self._bytes_in += len(data)
