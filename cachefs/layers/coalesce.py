@@ -7,9 +7,9 @@ waits for it, unless what is written out of late is as small as itself: then gat
 
 Every flush fails until what it covers is below. A writer that finds the buffer full of what cannot be written gets its error.
 
-Locks: write-outs, trims and writes that go straight below lock their clusters, so that none overtakes another one; reads and
-other writes take no lock. While a cluster is written out or trimmed its bytes are frozen, and writes go to a second buffer
-of it. Lock order: one range here, then the child's own.
+Locks: write-outs and trims lock their clusters, writes that go straight below their bytes, so that none overtakes another
+one; reads and other writes take no lock. While a cluster is written out or trimmed its bytes are frozen, and writes go to
+a second buffer of it. Lock order: one range here, then the child's own.
 
 Cancellation: a write that waits for room is dropped; write-outs belong to the layer and are never cancelled before its end.
 
@@ -93,7 +93,9 @@ class Coalesce:
         self._alignment = child.geometry.alignment
         self._most_open = clusters.slots * 3 // 4
         self._room = trio.lowlevel.ParkingLot()
-        self._passing = self._asked = 0  # writes that go straight below, and how often it was asked whether they shall
+        self._passing = 0  # writes that go straight below,
+        self._crowd = 0.0  # how many of them at the same time, of late,
+        self._asked = 0  # and how often it was asked whether one shall
         self._bytes_in = self._waits = self._written_through = 0
 
     @classmethod
@@ -231,7 +233,8 @@ class Coalesce:
     def _is_better_below(self, offset: int, data: memoryview | bytes) -> bool:
         """Whether to gather it would not pay: of late a write-out was hardly more than this alone, and there is no room.
 
-        Nor is room taken from those that go down already; but now and then, in case that a stream has begun.
+        Where several at the same time go down so, they go on when there is room: it would cost more, and gain nothing. One of
+        TRIES is gathered all the same, in case that a stream has begun; one client alone is soon gathered again.
         """
         if self.write_outs.mean >= 2 * len(data):
             return False
@@ -242,15 +245,16 @@ class Coalesce:
         if not self.clusters.free:
             return True
         self._asked = (self._asked + 1) % TRIES
-        return self._passing > 0 and self._asked != 0
+        return self._crowd >= 2 and self._asked != 0
 
     async def _write_through(self, cluster: int, offset: int, data: memoryview | bytes) -> bool:
         """Write whole units straight below; False: there is something of their cluster here, which would lie over them."""
-        hold = await self.write_outs.locks.acquire(cluster, cluster + 1)
+        hold = await self.write_outs.locks.acquire(offset, offset + len(data))
         try:
             if cluster in self.clusters.open:
                 return False
             self._passing += 1
+            self._crowd = max(float(self._passing), self._crowd - 1 / TRIES)
             try:
                 # What is put into the cluster from here on overlaps this write in time, and is written out behind it.
                 await self.write_outs.write_below(offset, memoryview(data))

@@ -6,8 +6,8 @@
 What is written is whole units of the child (at least sectors); the bytes that complete the first and last of them are read
 first. A write-out that fails loses nothing: the bytes stay, and are written again at the next flush and at growing intervals.
 
-Locks: a write-out locks its cluster, and so does whoever else changes it below, so that none overtakes another one. Whoever
-holds the lock may freeze the cluster, and nobody else. Lock order: one range here, then the child's own.
+Locks: a write-out locks its cluster, and whoever else changes the child locks what it changes, so that none overtakes another
+one. Whoever holds the lock of a whole cluster may freeze it, and nobody else. Lock order: one range here, then the child's own.
 
 Cancellation: never of a write-out, but by the end of the layer.
 """
@@ -60,6 +60,7 @@ class WriteOuts:
         self.unit = max(SECTOR, child.geometry.alignment)
         """In which the child is written."""
         self.locks = RangeLocks()
+        """In bytes of the disk."""
         self.errors: dict[int, CachefsError] = {}
         """By cluster whose last write-out failed."""
         self.mean = float(clusters.cluster_size)
@@ -143,7 +144,8 @@ class WriteOuts:
     # ---- run
 
     async def _run(self, cluster: int, write_out: WriteOut) -> None:
-        hold = await self.locks.acquire(cluster, cluster + 1)
+        size = self._clusters.cluster_size
+        hold = await self.locks.acquire(cluster * size, (cluster + 1) * size)
         while self._writing >= AT_ONCE:
             await self._turns.park()
         del self._queued[cluster]
@@ -195,7 +197,7 @@ class WriteOuts:
         self.mean += (end - start - self.mean) / RECENT
 
     async def write_below(self, offset: int, data: memoryview) -> None:
-        """Whole units, of clusters that are locked."""
+        """Whole units, which are locked."""
         if not self._child.try_write(offset, data):
             await self._child.write(offset, data)
         self._writes_out += 1
@@ -219,7 +221,8 @@ class WriteOuts:
     @asynccontextmanager
     async def changing(self, span: range) -> AsyncIterator[list[Slot]]:
         """Clusters of which the child is changed otherwise, locked: their slots, frozen. What is left of them then goes on."""
-        hold = await self.locks.acquire(span.start, span.stop)
+        size = self._clusters.cluster_size
+        hold = await self.locks.acquire(span.start * size, span.stop * size)
         self._running += 1
         touched = [cluster for cluster in self._clusters.open if cluster in span]
         slots = [slot for slot in map(self._clusters.freeze, touched) if slot is not None]

@@ -496,6 +496,29 @@ async def a_write_beside_one_past_the_buffer_stays_newer(disk: Opened) -> None:
     disk.check_outside()
 
 
+async def test_scattered_writes_of_several_clients_go_on_past_the_buffer_and_those_of_one_do_not() -> None:
+    async with coalesced() as disk:
+        holds = await scatter_and_fill(disk)
+        held = disk.gate.hold("write", start=15 * CLUSTER, once=False)
+        async with trio.open_nursery() as nursery:
+            for index in range(15, 18):
+                nursery.start_soon(disk.write, index * CLUSTER, patterns(index, 4096))
+            await wait_all_tasks_blocked()
+            for one in (held, *holds):
+                one.open()
+        await disk.top.flush()
+        assert disk.stack.coalesce is not None
+        clusters = disk.stack.coalesce.clusters
+        assert clusters.free == clusters.slots
+        await disk.write(18 * CLUSTER, patterns(1, 4096))
+        assert disk.below.writes[-1] == (18 * CLUSTER, patterns(1, 4096))
+        for index in range(24):
+            await disk.write(index % 14 * CLUSTER + 8192, patterns(index + 1, 4096))
+        assert clusters.buffered_bytes > 0
+        await disk.top.flush()
+        disk.check_outside()
+
+
 async def test_a_write_past_the_buffer_that_fails_tells_its_writer_alone() -> None:
     async with coalesced() as disk:
         holds = await scatter_and_fill(disk)
@@ -736,7 +759,7 @@ async def _read_late(layer: Coalesce, offset: int, buffer: memoryview) -> None:
 
 
 async def _write_through_over_what_is_here(layer: Coalesce, cluster: int, offset: int, data: memoryview) -> bool:
-    hold = await layer.write_outs.locks.acquire(cluster, cluster + 1)
+    hold = await layer.write_outs.locks.acquire(offset, offset + len(data))
     await layer.write_outs.write_below(offset, data)
     layer.write_outs.locks.release(hold)
     return True
