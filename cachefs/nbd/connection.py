@@ -36,6 +36,7 @@ DIRECT = 16 << 10  # what is left of a read's data is received into its buffer f
 HEAD = 512  # bytes that may be received in front of the header of a reply that is likely to be a long one
 MAX_PARTS = 512  # of one system call; the kernel takes 1024
 LOOK_S = 1.0  # at most between two looks at the time
+LISTEN_S = 0.05  # before a server is called silent
 
 
 class ConnectionLost(TransientError):
@@ -262,18 +263,27 @@ class Connection:
                 self.drop("the server is shutting down")  # nbdkit waits with that until its clients are gone
 
     async def _watch(self) -> None:
-        """Lose the connection when nothing is heard for too long."""
+        """Lose the connection when nothing is heard for too long.
+
+        What came while this process stood still (stopped, or busy) is received before that counts as silence.
+        """
+        has_listened = False
         while True:
             if not self._pending:
                 await self._watchdog.park()
             now = trio.current_time()
             patience, oldest = self._patience(), next(iter(self._pending.values()), None)
             limit = min(self._heard + patience, oldest.sent_at + self._longest_s) if oldest is not None else math.inf
+            if now >= limit and not has_listened:
+                has_listened = True
+                await trio.sleep(LISTEN_S)
+                continue
             if now >= limit:
                 why = ServerSilent(self._name, f"the server was silent for {now - self._heard:.1f} s")
                 why.since = self._heard
                 self._lose(why)
                 return
+            has_listened = False
             await trio.sleep(min(limit - now, patience, LOOK_S))
 
     def drop(self, reason: str) -> None:

@@ -358,6 +358,25 @@ async def test_silent_server_loses_its_connection_after_the_timeout(
         await second.answer(await second.hear(), b"abcdefgh")
 
 
+async def test_server_that_answered_while_the_daemon_stood_still_is_not_silent(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    for _ in range(10):  # trio takes what is due in any order
+        async with opened(Network(), timeout="3s") as (disk, server), trio.open_nursery() as nursery:
+            reading = Reading(disk, 0, 8)
+            nursery.start_soon(reading.run)
+            heard = await server.hear()
+            mock_clock.rate = 1
+            await trio.sleep(0.01)
+            mock_clock.rate = 0
+            os.write(server.stream.socket.fileno(), answer(heard, b"abcdefgh"))
+            mock_clock.jump(30)
+            mock_clock.rate = 10
+            await trio.sleep(1)
+            assert disk.statistics().values["lost_connections"] == 0
+            assert reading.buffer == b"abcdefgh"
+
+
 async def test_server_that_falls_silent_after_a_pause_loses_its_connection_after_the_timeout(
     network: Network, autojump_clock: trio.testing.MockClock
 ) -> None:
