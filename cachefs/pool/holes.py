@@ -89,7 +89,7 @@ class HolesFile:
     async def load(self) -> list[Extent]:
         """What it says; empty where there is none that can be believed."""
         try:
-            return await self._image.work(_load_now, self._path, self._image.header.base, self._image.size)
+            return await self._image.calls.run(_load_now, self._path, self._image.header.base, self._image.size)
         except FormatError as exc:
             log.warning("%s; it is forgotten, and the backend is asked again", exc)
         except OSError as exc:
@@ -105,13 +105,13 @@ class HolesFile:
         image = self._image
         if image.is_leaving or not image.writing.may_try(trio.current_time()):
             return False
-        content = await image.work(encode, image.header.base, image.size, known)
+        content = await image.calls.run(encode, image.header.base, image.size, known)
         room = align_up(len(content), 4096)
         if not image.pool.account.take(room):  # while it is written the old one is there too
             return False
         before, image.holes_bytes = image.holes_bytes, image.holes_bytes + room
         try:
-            await image.work(_replace_now, self._path, content)
+            await image.calls.run(_replace_now, self._path, content)
         except OSError as exc:
             # Whether the new one is there is not known: both are counted until the next one.
             log.warning("%s: cannot be written: %s; what it would say is kept in memory", self._path, exc.strerror)

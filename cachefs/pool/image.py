@@ -19,21 +19,19 @@ Concurrency: one event loop. `pins` keep blocks from being evicted while a threa
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import os
-import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
 from cachefs.errors import FormatError
 from cachefs.extent import ExtentKind
+from cachefs.pool.calls import Calls
 from cachefs.pool.evict import PREFETCHED
 from cachefs.pool.health import Health
 from cachefs.pool.readahead import MAX_WINDOW, ReadAhead
@@ -80,32 +78,6 @@ class Flight:
         self.error: Exception | None = None
 
 
-class Call:
-    """A call in a thread that may be given up: then it does not begin, or `ended` says when it is over."""
-
-    def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
-        self._lock = threading.Lock()
-        self._begun = self._given_up = False
-        self.ended = threading.Event()
-
-    def __call__(self) -> object:
-        with self._lock:
-            if self._given_up:
-                return None
-            self._begun = True
-        try:
-            return self._call()
-        finally:
-            self.ended.set()
-
-    def give_up(self) -> bool:
-        """Whether it goes on all the same."""
-        with self._lock:
-            self._given_up = True
-            return self._begun
-
-
 class PoolImage:
     """Made by `Pool`. *label*: whose it is, for people. users: how many open layers use it."""
 
@@ -139,7 +111,6 @@ class PoolImage:
         self.joinable_before: dict[int, Flight] = {}  # the same by the first block
         self.pins: Counter[int] = Counter()
         self.barred: Counter[int] = Counter()  # being changed from above: not to be installed
-        self.calls: dict[Call, float] = {}  # work under way, and when it counts as hung
         self.unsynced: set[int] = set()  # installed since the last good sync
         self._may_lack_any = opened.inherited  # which ones a predecessor had installed since then it has not said
         self._sync_was_cut_off = opened.inherited and self.map.sync is not SyncState.IDLE
@@ -149,6 +120,7 @@ class PoolImage:
         self._queue: deque[Flight] = deque()
         self._queued = trio.Event()
         self._landed = trio.Event()
+        self.calls = Calls(opened.data, pool.patience_s, self._landed_something)
         self.installed_blocks = self.evicted_blocks = self.dropped_blocks = self.corrupt_blocks = self.zero_blocks = 0
         self.forgotten_blocks = 0
 
@@ -323,6 +295,9 @@ class PoolImage:
         self.drop_queue()
         self._queued.set()
 
+    def _landed_something(self) -> None:
+        self._landed.set()
+
     async def _wait_landed(self) -> None:
         if self._landed.is_set():  # never a new event while somebody waits for the old one
             self._landed = trio.Event()
@@ -371,7 +346,7 @@ class PoolImage:
         began = trio.current_time()
         entries: list[int] = []
         try:
-            entries = await self.work(self._store_now, flight, wanted, fresh)
+            entries = await self.calls.run(self._store_now, flight, wanted, fresh)
         except OSError as exc:
             self.fail(self.writing, os.strerror(exc.errno or 0))
             return False
@@ -423,7 +398,7 @@ class PoolImage:
     async def punch_out(self, blocks: list[int]) -> list[int]:
         """Free these blocks, whose state is EVICTING; what could not be freed is returned and SPOILED."""
         try:
-            await self.work(self._punch_now, sorted(blocks))
+            await self.calls.run(self._punch_now, sorted(blocks))
         except Exception as exc:
             if isinstance(exc, OSError):
                 self.fail(self.writing, f"cannot free space: {os.strerror(exc.errno or 0)}")
@@ -458,7 +433,7 @@ class PoolImage:
             return
         copies, unsynced, self.unsynced = self.map.begin_round(), self.unsynced, set()
         try:
-            await self.work(self._sync_now, copies, patience_s=SYNC_PATIENCE_S)
+            await self.calls.run(self._sync_now, copies, patience_s=SYNC_PATIENCE_S)
         except OSError as exc:
             # The kernel may have dropped the pages: what is read now may not be what is read later.
             if self._may_lack_any:
@@ -499,44 +474,7 @@ class PoolImage:
         if was_asking:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    # ---- calls
-
-    async def work(self, call: Callable[..., T], *arguments: object, patience_s: float = 0.0) -> T:
-        """Run *call* in a thread to its end, watched by the pool. Raises OSError. Only the end of the pool gives it up.
-
-        patience_s: how long it may take, where that is more than the pool's patience.
-        """
-        token = Call(functools.partial(call, *arguments))
-        self.calls[token] = trio.current_time() + max(patience_s, self.pool.patience_s)
-        try:
-            with self.data.file_system.busy():
-                result = await trio.to_thread.run_sync(
-                    token, abandon_on_cancel=True, limiter=self.data.file_system.limiter
-                )
-        except trio.Cancelled:
-            if not token.give_up():
-                self._ended(token)
-            raise  # else its thread still runs: the call stays in the list, and the descriptors stay open
-        except BaseException:
-            self._ended(token)
-            raise
-        self._ended(token)
-        return cast("T", result)
-
-    def _ended(self, token: Call) -> None:
-        del self.calls[token]
-        self._landed.set()
-
-    def wait_for_threads(self, deadline: float) -> None:
-        """Until those that were given up have ended, or *deadline* on time.monotonic() has passed. Blocks."""
-        for token in list(self.calls):
-            if token.ended.wait(max(0.0, deadline - time.monotonic())):
-                del self.calls[token]
-
-    @property
-    def is_stalled(self) -> bool:
-        """Whether some call takes longer than it may."""
-        return any(trio.current_time() > due for due in self.calls.values())
+    # ---- what works
 
     def fail(self, health: Health, reason: str) -> None:
         """What *health* stands for failed: serve from below for a while."""
@@ -629,7 +567,7 @@ class PoolImage:
     async def _settle(self) -> None:
         offset = 0
         while offset < self.size and not self.is_leaving:  # it may be dropped before this has begun
-            extents = await self.work(self.data.extents_now, offset, self.size - offset, SCAN_STEP)
+            extents = await self.calls.run(self.data.extents_now, offset, self.size - offset, SCAN_STEP)
             for extent in extents:
                 is_data = extent.kind is ExtentKind.DATA
                 first, last = extent.offset >> self.shift, -(-extent.end >> self.shift)
@@ -653,7 +591,7 @@ class PoolImage:
             stray += range(start, first)
             start = last
         if stray:
-            await self.work(self._punch_now, stray)
+            await self.calls.run(self._punch_now, stray)
 
     def _forget_holes(self, start: int, end: int) -> None:
         for first, last in list(self.map.held_runs(start, end)):

@@ -371,7 +371,7 @@ class Pool:
             await trio.sleep(min(LOOK_S, self.patience_s / 4))
             now = trio.current_time()
             for image in list(self.images.values()):
-                if image.is_stalled:
+                if image.calls.is_stalled:
                     image.fail(image.writing, f"no answer in {self.patience_s:g} s")
                 elif not image.reading.works and image.reading.may_try(now):
                     image.reading.begin_try()
@@ -443,7 +443,7 @@ class Pool:
         """After all tasks have ended. Blocks while threads have not, not for long."""
         deadline = time.monotonic() + CLOSE_PATIENCE_S
         for image in self.images.values():
-            image.wait_for_threads(deadline)
+            image.calls.wait_for_threads(deadline)
             image.close_files()
 
     def statistics(self) -> dict[str, int | float | str]:
