@@ -38,19 +38,19 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def disks(image: Path, folder: Path) -> dict[str, Any]:
-    """vm1: an overlay; vm2: one over a cache that is too small; vm3: written over NBD; vm4: gathered, then past the page cache;
-    golden: what vm2 is over, to be read.
+    """vm1: an overlay; vm2: one over a cache that is too small, both past the page cache; vm3: written over NBD; vm4: gathered,
+    then past the page cache; golden: what vm2 is over, to be read.
     """
     empty, remote, direct = folder / "empty.raw", folder / "remote.raw", folder / "direct.raw"
     for path in (empty, remote, direct):
         with path.open("wb") as file:
             file.truncate(SIZE)
     return {
-        "pools": {"node": {"path": str(folder / "pool"), "quota": "16MiB"}},
+        "pools": {"node": {"path": str(folder / "pool"), "quota": "16MiB", "direct": True}},
         "images": {"base": {"layers": [{"cache": {"pool": "node"}}], "backend": {"file": {"path": str(image)}}}},
         "disks": {
             "vm1": {"layers": [{"cow": {}}], "backend": {"file": {"path": str(empty)}}},
-            "vm2": {"layers": [{"cow": {}}], "image": "base"},
+            "vm2": {"layers": [{"cow": {"direct": True}}], "image": "base"},
             "vm3": {"backend": {"nbd": {"command": ["nbdkit", "file", str(remote)], "on_failure": "hold"}}},
             "vm4": {
                 "layers": [{"coalesce": {"cluster": "256KiB", "buffer": "8MiB"}}],
