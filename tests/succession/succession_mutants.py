@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 from cachefs import survivor
-from cachefs.layers.coalesce import Coalesce
+from cachefs.layers.writeouts import WriteOuts
 from cachefs.nbd.unflushed import Change, Unflushed
 from cachefs.pool.summap import SumMap
 from cachefs.store.blockmap import BlockMap
@@ -47,10 +47,10 @@ def _forget_answered(changes: Unflushed, change: Change) -> None:
     changes.drop(change)
 
 
-async def _free_before_written(layer: Coalesce, slot: Slot, start: int, end: int) -> None:
-    data, offset = bytes(slot.data[start:end]), slot.cluster * layer.clusters.cluster_size + start
+async def _free_before_written(write_outs: WriteOuts, slot: Slot, start: int, end: int) -> None:
+    data, offset = bytes(slot.data[start:end]), slot.cluster * write_outs._clusters.cluster_size + start
     slot.drop(start, end)
-    await layer.child.write(offset, memoryview(data))
+    await write_outs.write_below(offset, memoryview(data))
 
 
 def _forget_evictions(states: SumMap, touched: Callable[..., Any]) -> list[int]:
@@ -70,7 +70,7 @@ MUTANTS: dict[str, tuple[Patch, ...]] = {
     "map-before-dirty-bit": ((BlockMap, "set_data", _map_before_dirty_bit),),
     "written-cleared-before-zero": ((BlockMap, "set_zero", _written_before_zero),),
     "forgotten-when-answered": ((Unflushed, "answer", _forget_answered),),
-    "freed-before-written": ((Coalesce, "_write_below", _free_before_written),),
+    "freed-before-written": ((WriteOuts, "_write_units", _free_before_written),),
     "evictions-forgotten": ((SumMap, "take_over", _forget_evictions),),
     "epoch-not-looked-at": ((survivor, "read_epoch", _any_epoch), (survivor, "bump_epoch", _any_epoch)),
 }
