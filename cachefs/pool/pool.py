@@ -312,13 +312,15 @@ class Pool:
         by_image: dict[int, list[int]] = {}
         for key in keys:
             by_image.setdefault(key >> KEY_SHIFT, []).append(key & BLOCK_MASK)
+        for number, blocks in by_image.items():
+            if not self._by_number[number].is_leaving:
+                for block in blocks:  # of all images, before the first wait: nobody pins and reads them from here on
+                    self._by_number[number].map.set_evicting(block)
         whole = True
         for number, blocks in by_image.items():
             image = self._by_number.get(number)
             if image is None or image.is_leaving:
                 continue  # all of it goes
-            for block in blocks:
-                image.map.set_evicting(block)
             kept = set(await image.punch_out(blocks))
             if number not in self._by_number:
                 continue  # dropped meanwhile, and its room with it

@@ -12,6 +12,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from cachefs.errors import StoreError
+from cachefs.pool.evict import EVICTING, STATE_MASK
+from cachefs.pool.image import PoolImage
 from cachefs.pool.summap import State
 from cachefs.store.identity import Identity
 from cachefs.testing.caches import CacheBench, Opened, disk_bytes
@@ -316,3 +318,40 @@ async def test_pool_counts_blocks_once_that_are_evicted_while_their_image_is_dro
 
             nursery.start_soon(later)
         assert pool.account.used == before
+
+
+async def test_a_victim_is_not_read_any_more_while_those_of_another_image_are_punched_out(folder: Path) -> None:
+    """Victims of one look belong to several images, which are punched one after the other, each with a wait."""
+    bench = CacheBench(folder, CONTENT, QUOTA, BLOCK, slow=True)
+    other = CacheBench(folder, patterns(9, SIZE), QUOTA, BLOCK, identity=Identity("file", {"inode": "8"}), slow=True)
+    async with bench.open() as opened, other.open_disk(opened.pool, "other") as disk:
+        images = {opened.disk.cache.image: (opened.top, CONTENT), disk.cache.image: (disk.top, other.content)}
+
+        async def look_again(image: PoolImage, block: int) -> None:
+            top, content = images[image]
+            assert_same(
+                await read(top, block * BLOCK, BLOCK), content[block * BLOCK : (block + 1) * BLOCK], block * BLOCK
+            )
+
+        punches, block = bench.gate.hold("punch"), 0
+        async with trio.open_nursery() as nursery:
+            while not punches.is_held:
+                for image in images:
+                    nursery.start_soon(look_again, image, block)
+                await wait_all_tasks_blocked(0.001)
+                block += 1
+            reads = bench.gate.hold("read", once=False)
+            leaving = [
+                (image, number)
+                for image in images
+                for number in range(block)
+                if image.blocks.words[number] & STATE_MASK == EVICTING
+            ]
+            assert {image for image, _ in leaving} == set(images)
+            for image, number in leaving:
+                nursery.start_soon(look_again, image, number)
+            await wait_all_tasks_blocked(0.01)
+            punches.open()
+            while any(image.blocks.words[number] & STATE_MASK == EVICTING for image, number in leaving):
+                await wait_all_tasks_blocked(0.001)
+            reads.open()
