@@ -134,7 +134,7 @@ def nbd_disks(place: Place) -> Iterator[list[Disk]]:
         shutil.copy(place.base, image)
         delay = ["--filter=delay", "file", str(image), f"rdelay={DELAY}", f"wdelay={DELAY}"]
         command = ["setpriv", "--pdeathsig", "TERM", "nbdkit", "-f", "--exit-with-parent", "-U", str(socket), *delay]
-        servers.append(subprocess.Popen(command))
+        servers.append(subprocess.Popen(command))  # beside the client: cachefs has a CPU for itself
         while not socket.exists():
             time.sleep(0.01)
         return Disk(name, place, layers, {"nbd": {"uri": f"nbd+unix:///?socket={socket}"}})
@@ -154,6 +154,13 @@ def seconds(found: Spread) -> str:
     return f"{found.median:.3f} s ({found.low:.3f}-{found.high:.3f})"
 
 
+def quotient(times: dict[str, list[float]], one: str, other: str) -> str:
+    """Of the same rounds."""
+    found = spread(mine / yours for mine, yours in zip(times[one], times[other], strict=True))
+    assert found is not None
+    return ratio_text(found)
+
+
 def measure_all(store: str, place: Place, jobs: list[Job], rounds: int) -> None:
     with STORES[store](place) as disks:
         try:
@@ -167,10 +174,12 @@ def measure_all(store: str, place: Place, jobs: list[Job], rounds: int) -> None:
                 print(f"\n{store}: {job.name}, {len(job.writes(place.size, 0))} clients")
                 for name, taken in times.items():
                     found = spread(taken)
-                    ratio = spread(mine / other for mine, other in zip(times[SUBJECT], taken, strict=True))
                     assert found is not None
-                    assert ratio is not None
-                    print(f"  {name:10} {seconds(found)}   coalesce takes {ratio_text(ratio)} of it", flush=True)
+                    print(
+                        f"  {name:10} {seconds(found)}   coalesce takes {quotient(times, SUBJECT, name)} of it",
+                        flush=True,
+                    )
+                print(f"  noise: {CONTROL} takes {quotient(times, CONTROL, WITHOUT)} of {WITHOUT}", flush=True)
         finally:
             for disk in disks:
                 disk.stop()
@@ -188,6 +197,7 @@ def main() -> int:
     options = parser.parse_args()
     if shutil.which("nbdkit") is None and options.store != "file":
         parser.error("nbdkit is not installed: apt install nbdkit")
+    os.sched_setaffinity(0, {cpus[0]})
     for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signal_number, interrupt_once)
     try:

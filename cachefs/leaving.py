@@ -28,6 +28,7 @@ from cachefs.errors import CachefsError
 from cachefs.fuse.channel import Channel
 from cachefs.mountstate import MountState
 from cachefs.notify import barrier, has_keeper, notify
+from cachefs.store.transfers import batches_under_way
 from cachefs.survivor import Survivors
 
 log = logging.getLogger(__name__)
@@ -164,8 +165,11 @@ class Leaving:
 
 
 def stuck_threads() -> set[tuple[str, str]]:
-    """Threads of this process in a wait that no signal ends: the number of each, and how often it has waited so far."""
-    found = set()
+    """Threads of this process in a wait that no signal ends: the number of each, and how often it has waited so far.
+
+    And what the kernel does for threads that could be woken: the process cannot end before that either.
+    """
+    found = batches_under_way()
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has ended
             status = dict(

@@ -28,8 +28,8 @@ class Checked:
             child.geometry.size, child.geometry.alignment, child.geometry.preferred_io, max_io=1 << 62
         )
         self.identity = child.identity
-        writable = Caps.WRITE in child.caps
-        self.caps = ALL_CAPS if writable else Caps.FLUSH | Caps.EXTENTS
+        self._is_writable = Caps.WRITE in child.caps
+        self.caps = ALL_CAPS if self._is_writable else Caps.FLUSH | Caps.EXTENTS
         self._size = child.geometry.size
         self._mask = child.geometry.alignment - 1
         self._max_io = child.geometry.max_io
@@ -37,7 +37,7 @@ class Checked:
         self._try_extent = child.try_extent
         self._has_extents = Caps.EXTENTS in child.caps
         self._try_read_later = child.try_read_later
-        self._try_write = child.try_write if writable else _never
+        self._try_write = child.try_write if self._is_writable else _never
         self.fast_reads = self.later_reads = self.fast_writes = self.slow_reads = self.slow_writes = 0
         self.read_bytes = self.written_bytes = self.flushes = self.trims = 0
 
@@ -45,7 +45,7 @@ class Checked:
         end = offset + length
         if offset < 0 or length < 0 or end > self._size:
             raise RequestError(self.name, f"request {offset}+{length} lies outside the disk of {self._size} bytes")
-        if not self._is_aligned(offset, end):
+        if self._mask and not self._is_aligned(offset, end):
             raise RequestError(self.name, f"request {offset}+{length} is not aligned to {self._mask + 1} bytes")
 
     def _is_aligned(self, offset: int, end: int) -> bool:
@@ -53,7 +53,7 @@ class Checked:
 
     def _check_write(self, offset: int, length: int) -> None:
         self._check(offset, length)
-        if Caps.WRITE not in self.caps:
+        if not self._is_writable:
             raise ReadOnlyError(self.name, "is read-only; put a cow layer above it to write")
 
     # ---- fast path
@@ -122,9 +122,10 @@ class Checked:
             self.read_bytes += len(part)
 
     async def write(self, offset: int, data: memoryview) -> None:
-        self._check_write(offset, len(data))
-        for at in range(0, len(data), self._max_io):
-            part = data[at : at + self._max_io]
+        length = len(data)
+        self._check_write(offset, length)
+        for at in range(0, length, self._max_io):
+            part = data if length <= self._max_io else data[at : at + self._max_io]
             await self.child.write(offset + at, part)
             self.slow_writes += 1
             self.written_bytes += len(part)

@@ -39,7 +39,10 @@ from cachefs.units import Duration, Size, align_down, align_up, format_size, is_
 log = logging.getLogger(__name__)
 
 MEMORY_KIND = "coalesce"
-TRIES = 16  # once in so many times what would go straight below is gathered, if there is room
+RECENT_ENDS = (
+    16  # of writes that went straight below or to the end of their cluster: what begins there goes on a stream
+)
+CROWD_DECAY = 1 / 16  # for each write that goes straight below
 LAYOUT = 1  # of the survivor memory: see cachefs.store.clusters
 
 
@@ -91,11 +94,12 @@ class Coalesce:
         self.write_outs = WriteOuts(name, child, clusters, config.max_delay, self._tell_room)
         self._size = size
         self._alignment = child.geometry.alignment
+        self._unit_mask = self.write_outs.unit - 1
         self._most_open = clusters.slots * 3 // 4
         self._room = trio.lowlevel.ParkingLot()
         self._passing = 0  # writes that go straight below,
-        self._crowd = 0.0  # how many of them at the same time, of late,
-        self._asked = 0  # and how often it was asked whether one shall
+        self._crowd: float = 0  # and how many of them at the same time, of late
+        self._ends: dict[int, None] = {}  # the oldest first
         self._bytes_in = self._waits = self._written_through = 0
 
     @classmethod
@@ -169,9 +173,12 @@ class Coalesce:
             self._bytes_in += len(data)
             if slot.is_full and slot.cluster not in self.write_outs.errors:
                 self.write_outs.ask(slot.cluster)
+            self._note_end_of_cluster(offset + len(data))
             return True
+        if self._is_better_below(offset, data):
+            return False
         lacks = self.clusters.lacks(offset, len(data))
-        if lacks and (lacks > self.clusters.free or len(self._room) or self._is_better_below(offset, data)):
+        if lacks and (lacks > self.clusters.free or len(self._room)):
             return False  # nobody overtakes who waits for room
         self._put(offset, data)
         return True
@@ -189,6 +196,7 @@ class Coalesce:
             self.write_outs.ask_in_time(cluster)
         for cluster in finished:
             self.write_outs.ask(cluster)
+        self._note_end_of_cluster(offset + len(data))
         excess = len(self.clusters.open) - self.write_outs.queued - self._most_open
         if begun and excess > 0:
             self.write_outs.ask_oldest(excess)
@@ -218,51 +226,69 @@ class Coalesce:
     # ---- writing
 
     async def write(self, offset: int, data: memoryview | bytes) -> None:
-        end = offset + len(data)
-        for cluster in self.clusters.span(offset, len(data)):
-            base = cluster * self.clusters.cluster_size
-            start, stop = self.clusters.within(cluster, offset, end)
-            part = data[base + start - offset : base + stop - offset]
-            if self._is_better_below(base + start, part) and await self._write_through(cluster, base + start, part):
-                continue
-            await self._wait_for_room(cluster)
-            self._put(base + start, part)
-        if self.clusters.free or self.write_outs.is_idle:
+        clusters = self.clusters.span(offset, len(data))
+        if len(clusters) == 1:
+            await self._write_part(clusters[0], offset, data)
+        else:
+            end = offset + len(data)
+            for cluster in clusters:
+                base = cluster * self.clusters.cluster_size
+                start, stop = self.clusters.within(cluster, offset, end)
+                await self._write_part(cluster, base + start, data[base + start - offset : base + stop - offset])
+        if self._room and (self.clusters.free or self.write_outs.is_idle):
             self._room.unpark()  # the next one finds more room, or asks for it
+
+    async def _write_part(self, cluster: int, offset: int, data: memoryview | bytes) -> None:
+        """What lies in *cluster*."""
+        if self._is_better_below(offset, data) and await self._write_through(cluster, offset, data):
+            return
+        await self._wait_for_room(cluster)
+        self._put(offset, data)
 
     def _is_better_below(self, offset: int, data: memoryview | bytes) -> bool:
         """Whether to gather it would not pay: of late a write-out was hardly more than this alone, and there is no room.
 
-        Where several at the same time go down so, they go on when there is room: it would cost more, and gain nothing. One of
-        TRIES is gathered all the same, in case that a stream has begun; one client alone is soon gathered again.
+        Where several at the same time go down so, they go on when there is room: it would cost more, and gain nothing. What
+        goes on a stream is gathered; one client alone is, too.
         """
-        if self.write_outs.mean >= 2 * len(data):
+        length = len(data)
+        if self.write_outs.mean >= 2 * length or offset in self._ends:
             return False
-        whole = self.write_outs.unit - 1
-        end = offset + len(data)
-        if offset & whole or (end & whole and end != self._size):
+        end = offset + length
+        if (offset | end) & self._unit_mask and (offset & self._unit_mask or end != self._size):
             return False
-        if not self.clusters.free:
-            return True
-        self._asked = (self._asked + 1) % TRIES
-        return self._crowd >= 2 and self._asked != 0
+        return self._crowd >= 2 or not self.clusters.free
+
+    def _note_end_of_cluster(self, end: int) -> None:
+        """Within one its slot says that a stream goes on."""
+        if not end & self.clusters.cluster_size - 1:
+            self._note_end(end)
+
+    def _note_end(self, end: int) -> None:
+        self._ends[end] = None
+        if len(self._ends) > RECENT_ENDS:
+            del self._ends[next(iter(self._ends))]
 
     async def _write_through(self, cluster: int, offset: int, data: memoryview | bytes) -> bool:
         """Write whole units straight below; False: there is something of their cluster here, which would lie over them."""
-        hold = await self.write_outs.locks.acquire(offset, offset + len(data))
+        length, locks = len(data), self.write_outs.locks
+        end = offset + length
+        hold = locks.acquire_nowait(offset, end) or await locks.acquire(offset, end)
         try:
             if cluster in self.clusters.open:
                 return False
             self._passing += 1
-            self._crowd = max(float(self._passing), self._crowd - 1 / TRIES)
+            self._crowd = max(self._passing, self._crowd - CROWD_DECAY)
             try:
                 # What is put into the cluster from here on overlaps this write in time, and is written out behind it.
-                await self.write_outs.write_below(offset, memoryview(data))
+                await self.child.write(offset, memoryview(data))
             finally:
                 self._passing -= 1
         finally:
-            self.write_outs.locks.release(hold)
-        self._bytes_in += len(data)
+            locks.release(hold)
+        self.write_outs.note_write(length)
+        self._note_end(end)
+        self._bytes_in += length
         self._written_through += 1
         return True
 

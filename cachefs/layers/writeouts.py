@@ -193,15 +193,16 @@ class WriteOuts:
             slot.put(first, whole[first - at : last - at])
 
     async def _write_units(self, slot: Slot, start: int, end: int) -> None:
-        await self.write_below(slot.cluster * self._clusters.cluster_size + start, slot.data[start:end])
-        self.mean += (end - start - self.mean) / RECENT
-
-    async def write_below(self, offset: int, data: memoryview) -> None:
-        """Whole units, which are locked."""
+        offset, data = slot.cluster * self._clusters.cluster_size + start, slot.data[start:end]
         if not self._child.try_write(offset, data):
             await self._child.write(offset, data)
+        self.note_write(len(data))
+
+    def note_write(self, length: int) -> None:
+        """One below, of so many bytes."""
         self._writes_out += 1
-        self._bytes_out += len(data)
+        self._bytes_out += length
+        self.mean += (length - self.mean) / RECENT
 
     def _note_failure(self, cluster: int, error: CachefsError) -> None:
         self._failed += 1

@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeVar
 
 from cachefs.errors import StoreError
 from cachefs.store.localfile import THREADS_PER_FILE_SYSTEM, LocalFile
+from cachefs.store.transfers import READ, WRITE
 from cachefs.store.workers import Workers
 from cachefs.units import align_down, align_up
 
@@ -102,12 +103,15 @@ class DirectFile(LocalFile):
         self._buffered = buffered
         self._direct_end = align_down(size, alignment.offset)
         self._workers = Workers("direct I/O", self.file_system.limiter)
+        self._transfers = self.file_system.transfers
+        self._transfers.open()
 
     async def run(self, call: Callable[..., T], *arguments: object) -> T:
         return await self._workers.run(call, *arguments)
 
     def close(self) -> None:
         self._workers.close()
+        self._transfers.close()
         super().close()
         buffered, self._buffered = self._buffered, -1
         os.close(buffered)
@@ -115,6 +119,7 @@ class DirectFile(LocalFile):
     def let_go(self) -> None:
         """The buffered descriptor stays open."""
         self._workers.close()
+        self._transfers.close()
         os.close(self.descriptor)
         self.descriptor = self._buffered = -1
 
@@ -127,6 +132,38 @@ class DirectFile(LocalFile):
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         return False
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        address = self._address_for(offset, buffer)
+        done = 0
+        if address is not None:
+            done = await self._transfers.transfer(READ, self.descriptor, offset, buffer, address)
+            if done == len(buffer):
+                return
+            done = align_down(done, self.alignment)
+        await super().read(offset + done, buffer[done:])
+
+    async def write(self, offset: int, pieces: Sequence[memoryview | bytes]) -> None:
+        data = pieces[0]
+        address = self._address_for(offset, data) if len(pieces) == 1 and isinstance(data, memoryview) else None
+        if address is not None:
+            assert isinstance(data, memoryview)
+            with self.file_system.busy():
+                done = await self._transfers.transfer(WRITE, self.descriptor, offset, data, address)
+            if done == len(data):
+                return
+            done = align_down(done, self.alignment)
+            pieces = (data[done:],)
+            offset += done
+        await super().write(offset, pieces)
+
+    def _address_for(self, offset: int, view: memoryview) -> int | None:
+        """Of *view* in memory, if the range can go to or come from there as it is; None where it has to be seen to first."""
+        length = len(view)
+        if view.readonly or (offset | length) & self.alignment - 1 or offset + length > self._direct_end:
+            return None
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        return None if address & self._memory_mask else address
 
     def read_now(self, offset: int, buffer: memoryview) -> None:
         """Fill *buffer*; zeros beyond the end of the file."""

@@ -109,6 +109,12 @@ write_blocks() {
     echo "$1" >"/acknowledged/$2-$place"
 }
 
+# At a pace of its own: where nothing else goes on, as many as could be would be another load than beside the others.
+write_blocks_in_peace() {
+    sleep 0.05
+    write_blocks "$@"
+}
+
 read_blocks() { dd if=/dev/vda of=/dev/null bs=64k count=4 skip=$((($1 * 4) % 512)) iflag=direct 2>/dev/null; }
 
 # From here to the end of the file system: what the scenarios share.
@@ -240,7 +246,7 @@ errors)
     dd if=/dev/urandom of=/block bs=1M count=4 2>/dev/null
     tail=$(($(cat /sys/block/vda/size) / 128 - 128))
     for worker in 0 1; do
-        keep_trying "write vda-$worker" write_blocks vda $worker $tail &
+        keep_trying "write vda-$worker" write_blocks_in_peace vda $worker $tail &
         keep_trying "read vda-$worker" read_blocks &
     done
     for worker in 0 1 2 3 4 5; do

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from cachefs.store import localfile
+from cachefs.store import localfile, transfers
 from cachefs.testing.gate import _Holds, _in_thread
 from cachefs.testing.model import Changing, Flush, Op, left_by
 from cachefs.testing.rules import Rule
@@ -113,6 +113,7 @@ class WriteLog(_Holds):
             (os, "fdatasync", self._sync),
             (os, "fsync", self._sync),
             (localfile._libc, "fallocate", self._fallocate),
+            (transfers, "carry_out", lambda real, ring, some: transfers.one_by_one(some)),
         )
         with ExitStack() as stack:
             for owner, name, instead in patched:

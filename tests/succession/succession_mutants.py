@@ -50,7 +50,7 @@ def _forget_answered(changes: Unflushed, change: Change) -> None:
 async def _free_before_written(write_outs: WriteOuts, slot: Slot, start: int, end: int) -> None:
     data, offset = bytes(slot.data[start:end]), slot.cluster * write_outs._clusters.cluster_size + start
     slot.drop(start, end)
-    await write_outs.write_below(offset, memoryview(data))
+    await write_outs._child.write(offset, memoryview(data))
 
 
 def _forget_evictions(states: SumMap, touched: Callable[..., Any]) -> list[int]:

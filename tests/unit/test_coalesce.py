@@ -519,6 +519,26 @@ async def test_scattered_writes_of_several_clients_go_on_past_the_buffer_and_tho
         disk.check_outside()
 
 
+async def test_a_stream_among_scattered_writes_is_gathered_from_its_second_write_on() -> None:
+    async with coalesced() as disk:
+        holds = await scatter_and_fill(disk)
+        held = disk.gate.hold("write", start=15 * CLUSTER, once=False)
+        async with trio.open_nursery() as nursery:
+            for index in range(15, 18):
+                nursery.start_soon(disk.write, index * CLUSTER, patterns(index, 4096))
+            await wait_all_tasks_blocked()
+            for one in (held, *holds):
+                one.open()
+        await disk.top.flush()
+        before = len(disk.below.writes)
+        for offset in range(18 * CLUSTER, 20 * CLUSTER, 4096):
+            await disk.write(offset, patterns(offset // 4096 % 250 + 1, 4096))
+        await disk.top.flush()
+        lengths = [len(data) for _, data in disk.below.writes[before:]]
+        assert sorted(lengths) == [4096, CLUSTER - 4096, CLUSTER]
+        disk.check_outside()
+
+
 async def test_a_write_past_the_buffer_that_fails_tells_its_writer_alone() -> None:
     async with coalesced() as disk:
         holds = await scatter_and_fill(disk)
@@ -760,13 +780,13 @@ async def _read_late(layer: Coalesce, offset: int, buffer: memoryview) -> None:
 
 async def _write_through_over_what_is_here(layer: Coalesce, cluster: int, offset: int, data: memoryview) -> bool:
     hold = await layer.write_outs.locks.acquire(offset, offset + len(data))
-    await layer.write_outs.write_below(offset, data)
+    await layer.child.write(offset, data)
     layer.write_outs.locks.release(hold)
     return True
 
 
 async def _write_through_without_lock(layer: Coalesce, cluster: int, offset: int, data: memoryview) -> bool:
-    await layer.write_outs.write_below(offset, data)
+    await layer.child.write(offset, data)
     return True
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ import pytest
 from cachefs.backends.file import File, FileConfig
 from cachefs.errors import StoreError
 from cachefs.layers.base import Environment
-from cachefs.store import directfile
+from cachefs.store import directfile, transfers
 from cachefs.store.directfile import Alignment, DirectFile, ask_alignment
 from cachefs.testing.model import Extents, Flush, Model, Read, Trim, Write, Zero, assert_same, read_all, run_one
 from cachefs.testing.stacks import EVEN_SIZE, ODD_SIZE, Bench, Case, coalesce_layer, cow_layer, layers_of
@@ -53,7 +54,17 @@ def only_aligned(file: DirectFile) -> Iterator[list[str]]:
                 assert not wrong, f"{name} at {offset}+{len(buffer)}, address {address:#x}"
         return real(descriptor, buffers, offset, flags)
 
+    def check_together(real: Callable[..., None], ring: Any, together: Sequence[transfers.Transfer]) -> None:
+        for one in together:
+            if one.descriptor == file.descriptor:
+                called.append("pwritev" if one.command == transfers.WRITE else "preadv")
+                assert one.address == ctypes.addressof(ctypes.c_char.from_buffer(one.buffer))
+                assert not (one.offset | len(one.buffer) | one.address) % file.alignment
+        real(ring, together)
+
     with ExitStack() as stack:
+        together = partial(check_together, transfers.carry_out)
+        stack.enter_context(mock.patch.object(transfers, "carry_out", together))
         for name in ("preadv", "pwritev"):
             real = getattr(os, name)
             instead = lambda *arguments, name=name, real=real: check(name, real, *arguments)  # noqa: E731

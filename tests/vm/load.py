@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import bisect
 import os
 import random
 import re
+import select
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ from typing import Any
 from cachefs.testing.guest import Guest
 
 PAUSE_S = 0.005  # between two cached reads
+WINDOW = 500  # of them
 
 
 class Load:
@@ -33,8 +37,10 @@ class Load:
         self.messages.append((time.monotonic(), message))
 
     def said(self, pattern: str, since: float = 0.0) -> list[tuple[float, re.Match[str]]]:
-        found = [(at, re.fullmatch(pattern, message)) for at, message in self.messages]
-        return [(at, match) for at, match in found if match is not None and at >= since]
+        """Asked again and again while reads are timed: it looks only at what is new."""
+        first = bisect.bisect_left(self.messages, (since, ""))
+        found = [(at, re.fullmatch(pattern, message)) for at, message in self.messages[first:]]
+        return [(at, match) for at, match in found if match is not None]
 
     def wait_for(self, pattern: str, workers: int, *, since: float, timeout: float) -> float:
         """When each of *workers* had said *pattern*, whose first group tells them apart: seconds of the monotonic clock."""
@@ -112,44 +118,72 @@ def fio(files: list[Path], size: int, seed: int, *arguments: str) -> list[str]:
 
 
 class CachedReads:
-    """Reads of 4 KiB from the beginning of *path*, one after the other. latencies: of each phase, in seconds."""
+    """Reads of 4 KiB from the beginning of *path*, one after the other, by a process of its own: what the test does meanwhile
+    must not show in them. When it has ended: latencies of each phase, in seconds and in order; failed: messages.
+    """
 
     def __init__(self, path: Path, size: int) -> None:
         self.latencies: dict[str, list[float]] = {}
-        self.failed: list[OSError] = []
-        self._phase = ""
+        self.failed: list[str] = []
         self._path, self._size = path, size
-        self._stop = threading.Event()
-
-    def run(self) -> None:
-        disk = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        while not self._stop.wait(PAUSE_S):
-            phase, began = self._phase, time.monotonic()
-            try:
-                os.pread(disk, 4096, 4096 * random.randrange(self._size // 4096))
-            except OSError as exc:
-                self.failed.append(exc)
-            self.latencies.setdefault(phase, []).append(time.monotonic() - began)
-        os.close(disk)
+        self._phases: list[tuple[str, float, float]] = []
 
     @contextmanager
     def running(self) -> Iterator[CachedReads]:
         self._path.read_bytes()[: self._size]  # warm it
-        thread = threading.Thread(target=self.run)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._stop.set()
-            thread.join()
+        command = [sys.executable, __file__, str(self._path), str(self._size)]
+        with tempfile.TemporaryFile("w+") as said:
+            reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said)
+            try:
+                yield self
+            finally:
+                reader.communicate()
+                said.seek(0)
+                for line in said:
+                    self._note(*line.rstrip("\n").split(" ", 2))
+        assert reader.returncode == 0
 
-    @contextlib.contextmanager
+    def _note(self, began: str, took: str, error: str) -> None:
+        for name, start, end in self._phases:
+            if start <= float(began) < end:
+                self.latencies.setdefault(name, []).append(float(took))
+        if error:
+            self.failed.append(error)
+
+    @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._phase = name
+        began = time.monotonic()
         yield
-        self._phase = ""
+        self._phases.append((name, began, time.monotonic()))
 
     def figures(self, name: str) -> str:
-        taken = sorted(self.latencies[name])
-        p50, p99 = (taken[len(taken) * share // 100] * 1000 for share in (50, 99))
-        return f"{name}: {len(taken)} reads, p50 {p50:.2f} ms, p99 {p99:.2f} ms, max {taken[-1] * 1000:.1f} ms"
+        """The percentiles of all, and the 99th of each WINDOW of them: their spread is what others of them have to be in."""
+        taken = self.latencies[name]
+        windows = [taken[at : at + WINDOW] for at in range(0, len(taken) - WINDOW + 1, WINDOW)] or [taken]
+        p99s = sorted(percentile(window, 99) for window in windows)
+        return (
+            f"{name}: {len(taken)} reads, p50 {percentile(taken, 50):.2f} ms, p99 {percentile(taken, 99):.2f} ms, max "
+            f"{1000 * max(taken):.1f} ms, p99 of {len(p99s)} windows {p99s[0]:.2f} to {p99s[-1]:.2f} ms, their median "
+            f"{p99s[len(p99s) // 2]:.2f} ms"
+        )
+
+
+def percentile(taken: list[float], share: int) -> float:
+    """In ms."""
+    return sorted(taken)[len(taken) * share // 100] * 1000
+
+
+def read_until_told(path: str, size: int) -> None:
+    """Print of each read when it began (monotonic), how long it took, both in seconds, and its error."""
+    disk = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    while not select.select([sys.stdin], [], [], PAUSE_S)[0]:
+        began, error = time.monotonic(), ""
+        try:
+            os.pread(disk, 4096, 4096 * random.randrange(size // 4096))
+        except OSError as exc:
+            error = str(exc)
+        print(began, time.monotonic() - began, error)
+
+
+if __name__ == "__main__":
+    read_until_told(sys.argv[1], int(sys.argv[2]))

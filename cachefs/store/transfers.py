@@ -1,0 +1,217 @@
+"""Reads and writes past the page cache, several with one system call and one way to a thread and back.
+
+What is asked for while the threads are busy, or in the same turn of the loop, goes to the kernel together:
+
+    loop      transfer() -> queue ..................................... rescheduled, all of them at once
+    threads                '-> as many as wait -> io_submit, io_getevents -'
+
+The threads and their rings belong to a file system, so that a slow one takes them from nobody else, and so that many files do
+not use up the rings that the kernel allows (fs.aio-max-nr). What waits because DEPTH are under way can be cancelled; what is
+in the queue is handed over, and its caller waits for it. Where the kernel has no AIO, or refuses a ring, each transfer is a
+preadv or pwritev of its own.
+
+Sources: io_submit(2), io_getevents(2), linux/aio_abi.h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import itertools
+import os
+import platform
+import struct
+import threading
+from collections.abc import Sequence
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import trio
+
+DEPTH = 128  # transfers under way; more wait for their turn
+TOGETHER = 32  # of one system call
+THREADS = 4
+
+READ, WRITE = 0, 1
+"""IOCB_CMD_PREAD and IOCB_CMD_PWRITE."""
+
+_NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
+"""Of io_setup, io_destroy, io_getevents and io_submit, which no C library wraps; by machine."""
+_IOCB = struct.Struct("<QIIHhIQQqQII")  # data, key, flags, command, priority, file, memory, length, offset, -, flags, -
+_EVENT = struct.Struct("<QQqq")  # data, iocb, result, -
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_long = ctypes.c_long
+
+_under_way: dict[int, int] = {}  # by thread: which of its batches the kernel has
+_batches = itertools.count()
+
+
+def batches_under_way() -> set[tuple[str, str]]:
+    """Those that the kernel has, each with a name of its own: until they are done this process cannot end. Any thread."""
+    return {(f"transfers of {thread}", str(batch)) for thread, batch in _under_way.copy().items()}
+
+
+class Transfer:
+    """address: of *buffer* in memory. result: bytes, or a negative errno; error: a bug met instead."""
+
+    __slots__ = ("address", "buffer", "command", "descriptor", "error", "offset", "result", "task", "token")
+
+    def __init__(self, command: int, descriptor: int, offset: int, buffer: memoryview, address: int) -> None:
+        self.command = command
+        self.descriptor = descriptor
+        self.offset = offset
+        self.buffer = buffer
+        self.address = address
+        self.result = 0
+        self.error: BaseException | None = None
+        self.task = trio.lowlevel.current_task()
+        self.token = trio.lowlevel.current_trio_token()
+
+
+class Ring:
+    """An AIO context of one thread. Raises: OSError where there is none to be had."""
+
+    def __init__(self) -> None:
+        numbers = _NUMBERS.get(platform.machine())
+        if numbers is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        setup, self._destroy, self._getevents, self._submit = map(_long, numbers)
+        self._context = ctypes.c_ulong(0)
+        if _libc.syscall(setup, _long(TOGETHER), ctypes.byref(self._context)):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        self._iocbs = bytearray(_IOCB.size * TOGETHER)
+        base = ctypes.addressof((ctypes.c_char * len(self._iocbs)).from_buffer(self._iocbs))
+        self._pointers = (ctypes.c_void_p * TOGETHER)(*(base + _IOCB.size * index for index in range(TOGETHER)))
+        self._events = memoryview(bytearray(_EVENT.size * TOGETHER))
+        self._events_memory = (ctypes.c_char * len(self._events)).from_buffer(self._events)
+
+    def close(self) -> None:
+        _libc.syscall(self._destroy, self._context)
+
+    def carry_out(self, transfers: Sequence[Transfer]) -> None:
+        """Do *transfers*, TOGETHER at most, and wait for all of them."""
+        for index, one in enumerate(transfers):
+            length, where = len(one.buffer), index * _IOCB.size
+            _IOCB.pack_into(
+                self._iocbs, where, index, 0, 0, one.command, 0, one.descriptor, one.address, length, one.offset, 0, 0, 0
+            )  # fmt: skip
+        thread = threading.get_ident()
+        _under_way[thread] = next(_batches)
+        submitted = max(0, _libc.syscall(self._submit, self._context, _long(len(transfers)), self._pointers))
+        left = submitted
+        while left:
+            least = _long(left)
+            count = max(0, _libc.syscall(self._getevents, self._context, least, least, self._events_memory, None))
+            for index, _, result, _ in _EVENT.iter_unpack(self._events[: _EVENT.size * count]):
+                transfers[index].result = result
+            left -= count  # a signal may have cut it short
+        del _under_way[thread]
+        one_by_one(transfers[submitted:])  # the kernel takes no more at once, or has an error for the next one
+
+
+def one_by_one(transfers: Sequence[Transfer]) -> None:
+    """Do *transfers*."""
+    for one in transfers:
+        try:
+            if one.command == WRITE:
+                one.result = os.pwritev(one.descriptor, (one.buffer,), one.offset)
+            else:
+                one.result = os.preadv(one.descriptor, (one.buffer,), one.offset)
+        except OSError as exc:
+            one.result = -(exc.errno or errno.EIO)
+
+
+def carry_out(ring: Ring | None, transfers: Sequence[Transfer]) -> None:
+    """Do *transfers*, TOGETHER at most, and wait for all of them."""
+    if ring is None or len(transfers) == 1:
+        one_by_one(transfers)
+    else:
+        ring.carry_out(transfers)
+
+
+class Transfers:
+    """Those of a file system. `open` and `close` are called once for each file that uses them. One event loop at a time."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Transfer | None] = SimpleQueue()
+        self._users = self._threads = self._under_way = 0
+        self._turns = trio.lowlevel.ParkingLot()
+
+    def open(self) -> None:
+        self._users += 1
+
+    def close(self) -> None:
+        """With the last user the threads end, when they have done what was handed to them."""
+        self._users -= 1
+        if not self._users:
+            for _ in range(self._threads):
+                self._queue.put(None)
+            self._threads = 0
+
+    async def transfer(self, command: int, descriptor: int, offset: int, buffer: memoryview, address: int) -> int:
+        """READ into or WRITE from *buffer* at *address*: how many bytes, which may be fewer than asked for.
+
+        Raises: OSError.
+        """
+        if self._under_way >= DEPTH:
+            await self._turns.park()  # whoever ends hands its place over
+        else:
+            self._under_way += 1
+        try:
+            if self._threads < min(THREADS, self._under_way):
+                threading.Thread(target=self._work, name="direct I/O", daemon=True).start()
+                self._threads += 1
+            one = Transfer(command, descriptor, offset, buffer, address)
+            self._queue.put(one)
+            await trio.lowlevel.wait_task_rescheduled(_go_on)
+        finally:
+            if self._turns:
+                self._turns.unpark()
+            else:
+                self._under_way -= 1
+        if one.error is not None:
+            raise one.error
+        if one.result < 0:
+            raise OSError(-one.result, os.strerror(-one.result))
+        return one.result
+
+    def _work(self) -> None:
+        ring = _ring()
+        while (first := self._queue.get()) is not None:
+            together = [first]
+            with contextlib.suppress(Empty):
+                while len(together) < TOGETHER:
+                    more = self._queue.get_nowait()
+                    if more is None:
+                        self._queue.put(None)
+                        break
+                    together.append(more)
+            try:
+                carry_out(ring, together)
+            except BaseException as exc:  # the callers', whatever it is
+                for one in together:
+                    one.error = exc
+            with contextlib.suppress(trio.RunFinishedError):
+                first.token.run_sync_soon(_resume, together)
+        if ring is not None:
+            ring.close()
+
+
+def _ring() -> Ring | None:
+    try:
+        return Ring()
+    except OSError:
+        return None
+
+
+def _resume(done: Sequence[Transfer]) -> None:
+    for one in done:
+        trio.lowlevel.reschedule(one.task)
+
+
+def _go_on(_: Any) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.FAILED
