@@ -118,7 +118,7 @@ class File:
             raise problem
 
     def try_read_later(self, offset: int, buffer: memoryview, done: Later) -> bool:
-        return False
+        return self._file.try_read_later(offset, buffer, done)
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         self._written = True

@@ -7,8 +7,8 @@ verbs on it. Promises, for every layer:
 - a read that is issued after a write was acknowledged sees that write;
 - a cancelled write may have written some of its own range and nothing outside it; a write that was handed to the
   kernel runs to its end before the cancellation is delivered;
-- `try_read_later` is for what is neither here nor worth a task: a layer that waits for a socket begins the read and tells
-  its end from the loop. It knows success and "ask `read_into`", nothing else: errors, retries and cancelling are there;
+- `try_read_later` is for what is neither here nor worth a task: a layer that waits for a socket or a device begins the read and
+  tells its end from the loop. It knows success and "ask `read_into`", nothing else: errors, retries and cancelling are there;
 - `try_read_into` and `try_write` are plain functions: they finish the request on the event loop and return True, or
   return False having changed nothing that the async operation would not do again. They take no lock and need none,
   because between look-up and I/O nobody else runs. `try_extent` is the same for what is known of a range.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import mmap
 import os
 import struct
@@ -22,7 +23,7 @@ from typing import NamedTuple, TypeVar
 
 from cachefs.errors import StoreError
 from cachefs.store.localfile import THREADS_PER_FILE_SYSTEM, LocalFile
-from cachefs.store.transfers import READ, WRITE
+from cachefs.store.transfers import READ, WRITE, Transfer
 from cachefs.store.workers import Workers
 from cachefs.units import align_down, align_up
 
@@ -130,6 +131,17 @@ class DirectFile(LocalFile):
     def _probe_reads(self) -> int | None:
         return None  # nothing runs on the loop
 
+    def try_read_later(self, offset: int, buffer: memoryview, done: Callable[[float | None], None]) -> bool:
+        address = self._address_for(offset, buffer)
+        if address is None:
+            return False
+        length = len(buffer)
+
+        def then(one: Transfer) -> None:
+            done(None if one.error is None and one.result == length else math.inf)  # `read` finds out why
+
+        return self._transfers.try_transfer_later(READ, self, offset, buffer, address, then)
+
     def try_write(self, offset: int, data: memoryview) -> bool:
         return False
 
@@ -137,7 +149,7 @@ class DirectFile(LocalFile):
         address = self._address_for(offset, buffer)
         done = 0
         if address is not None:
-            done = await self._transfers.transfer(READ, self.descriptor, offset, buffer, address)
+            done = await self._transfers.transfer(READ, self, offset, buffer, address)
             if done == len(buffer):
                 return
             done = align_down(done, self.alignment)
@@ -149,7 +161,7 @@ class DirectFile(LocalFile):
         if address is not None:
             assert isinstance(data, memoryview)
             with self.file_system.busy():
-                done = await self._transfers.transfer(WRITE, self.descriptor, offset, data, address)
+                done = await self._transfers.transfer(WRITE, self, offset, data, address)
             if done == len(data):
                 return
             done = align_down(done, self.alignment)

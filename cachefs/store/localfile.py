@@ -154,6 +154,10 @@ class LocalFile:
         except OSError:  # EAGAIN; and what is a real error the slow path meets again, and has words for
             return False
 
+    def try_read_later(self, offset: int, buffer: memoryview, done: Callable[[float | None], None]) -> bool:
+        """As `cachefs.layers.base.Layer.try_read_later`."""
+        return False
+
     def try_write(self, offset: int, data: memoryview) -> bool:
         """Write all of *data* now, or return False (part of it may be there then); errors are for the slow path."""
         system = self.file_system

@@ -2,7 +2,7 @@
 
 What is asked for while the threads are busy, or in the same turn of the loop, goes to the kernel together:
 
-    loop      transfer() -> queue ..................................... rescheduled, all of them at once
+    loop      transfer() -> queue ..................................... told, all of them at once
     threads                '-> as many as wait -> io_submit, io_getevents -'
 
 The threads and their rings belong to a file system, so that a slow one takes them from nobody else, and so that many files do
@@ -23,9 +23,9 @@ import os
 import platform
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -54,20 +54,32 @@ def batches_under_way() -> set[tuple[str, str]]:
     return {(f"transfers of {thread}", str(batch)) for thread, batch in _under_way.copy().items()}
 
 
+class OpenFile(Protocol):
+    descriptor: int  # -1 once it is closed: whoever comes late must not meet another file under its number
+
+
 class Transfer:
-    """address: of *buffer* in memory. result: bytes, or a negative errno; error: a bug met instead."""
+    """address: of *buffer* in memory. result: bytes, or a negative errno; error: a bug met instead. then: told on the loop."""
 
-    __slots__ = ("address", "buffer", "command", "descriptor", "error", "offset", "result", "task", "token")
+    __slots__ = ("address", "buffer", "command", "error", "file", "offset", "result", "then", "token")
 
-    def __init__(self, command: int, descriptor: int, offset: int, buffer: memoryview, address: int) -> None:
+    def __init__(
+        self,
+        command: int,
+        file: OpenFile,
+        offset: int,
+        buffer: memoryview,
+        address: int,
+        then: Callable[[Transfer], None],
+    ) -> None:
         self.command = command
-        self.descriptor = descriptor
+        self.file = file
         self.offset = offset
         self.buffer = buffer
         self.address = address
         self.result = 0
         self.error: BaseException | None = None
-        self.task = trio.lowlevel.current_task()
+        self.then = then
         self.token = trio.lowlevel.current_trio_token()
 
 
@@ -97,7 +109,7 @@ class Ring:
         for index, one in enumerate(transfers):
             length, where = len(one.buffer), index * _IOCB.size
             _IOCB.pack_into(
-                self._iocbs, where, index, 0, 0, one.command, 0, one.descriptor, one.address, length, one.offset, 0, 0, 0
+                self._iocbs, where, index, 0, 0, one.command, 0, one.file.descriptor, one.address, length, one.offset, 0, 0, 0
             )  # fmt: skip
         thread = threading.get_ident()
         _under_way[thread] = next(_batches)
@@ -118,9 +130,9 @@ def one_by_one(transfers: Sequence[Transfer]) -> None:
     for one in transfers:
         try:
             if one.command == WRITE:
-                one.result = os.pwritev(one.descriptor, (one.buffer,), one.offset)
+                one.result = os.pwritev(one.file.descriptor, (one.buffer,), one.offset)
             else:
-                one.result = os.preadv(one.descriptor, (one.buffer,), one.offset)
+                one.result = os.preadv(one.file.descriptor, (one.buffer,), one.offset)
         except OSError as exc:
             one.result = -(exc.errno or errno.EIO)
 
@@ -152,7 +164,7 @@ class Transfers:
                 self._queue.put(None)
             self._threads = 0
 
-    async def transfer(self, command: int, descriptor: int, offset: int, buffer: memoryview, address: int) -> int:
+    async def transfer(self, command: int, file: OpenFile, offset: int, buffer: memoryview, address: int) -> int:
         """READ into or WRITE from *buffer* at *address*: how many bytes, which may be fewer than asked for.
 
         Raises: OSError.
@@ -161,23 +173,53 @@ class Transfers:
             await self._turns.park()  # whoever ends hands its place over
         else:
             self._under_way += 1
-        try:
-            if self._threads < min(THREADS, self._under_way):
-                threading.Thread(target=self._work, name="direct I/O", daemon=True).start()
-                self._threads += 1
-            one = Transfer(command, descriptor, offset, buffer, address)
-            self._queue.put(one)
-            await trio.lowlevel.wait_task_rescheduled(_go_on)
-        finally:
-            if self._turns:
-                self._turns.unpark()
-            else:
-                self._under_way -= 1
+        task = trio.lowlevel.current_task()
+        one = Transfer(command, file, offset, buffer, address, lambda _: trio.lowlevel.reschedule(task))
+        self._hand_over(one)
+        await trio.lowlevel.wait_task_rescheduled(_go_on)
         if one.error is not None:
             raise one.error
         if one.result < 0:
             raise OSError(-one.result, os.strerror(-one.result))
         return one.result
+
+    def try_transfer_later(
+        self,
+        command: int,
+        file: OpenFile,
+        offset: int,
+        buffer: memoryview,
+        address: int,
+        then: Callable[[Transfer], None],
+    ) -> bool:
+        """Begin one whose end *then* is told, on the loop and not before this has returned; False where it would wait."""
+        if self._under_way >= DEPTH:
+            return False
+        self._under_way += 1
+        self._hand_over(Transfer(command, file, offset, buffer, address, then))
+        return True
+
+    def _hand_over(self, one: Transfer) -> None:
+        """It has a place."""
+        if self._threads < min(THREADS, self._under_way):
+            try:
+                threading.Thread(target=self._work, name="direct I/O", daemon=True).start()
+            except BaseException:
+                self._leave_place()
+                raise
+            self._threads += 1
+        self._queue.put(one)
+
+    def _leave_place(self) -> None:
+        if self._turns:
+            self._turns.unpark()
+        else:
+            self._under_way -= 1
+
+    def _tell(self, done: Sequence[Transfer]) -> None:
+        for one in done:
+            self._leave_place()
+            one.then(one)
 
     def _work(self) -> None:
         ring = _ring()
@@ -196,7 +238,7 @@ class Transfers:
                 for one in together:
                     one.error = exc
             with contextlib.suppress(trio.RunFinishedError):
-                first.token.run_sync_soon(_resume, together)
+                first.token.run_sync_soon(self._tell, together)
         if ring is not None:
             ring.close()
 
@@ -206,11 +248,6 @@ def _ring() -> Ring | None:
         return Ring()
     except OSError:
         return None
-
-
-def _resume(done: Sequence[Transfer]) -> None:
-    for one in done:
-        trio.lowlevel.reschedule(one.task)
 
 
 def _go_on(_: Any) -> trio.lowlevel.Abort:

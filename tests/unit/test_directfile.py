@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import trio
 
 from cachefs.backends.file import File, FileConfig
 from cachefs.errors import StoreError
@@ -56,7 +58,7 @@ def only_aligned(file: DirectFile) -> Iterator[list[str]]:
 
     def check_together(real: Callable[..., None], ring: Any, together: Sequence[transfers.Transfer]) -> None:
         for one in together:
-            if one.descriptor == file.descriptor:
+            if one.file is file:
                 called.append("pwritev" if one.command == transfers.WRITE else "preadv")
                 assert one.address == ctypes.addressof(ctypes.c_char.from_buffer(one.buffer))
                 assert not (one.offset | len(one.buffer) | one.address) % file.alignment
@@ -116,6 +118,41 @@ async def test_the_watch_itself_notices_what_is_not_aligned(tmp_path: Path) -> N
             memory = memoryview(mmap.mmap(-1, 8192))[1:4097]
             with pytest.raises(AssertionError, match="address"):
                 file.write_now(0, [memory])
+
+
+async def test_a_read_without_a_task_is_told_its_end_and_leaves_what_is_wrong_to_the_task(tmp_path: Path) -> None:
+    content = patterns(5, EVEN_SIZE)
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    file = DirectFile(os.open(path, os.O_RDWR | os.O_DIRECT), os.open(path, os.O_RDWR), EVEN_SIZE, Alignment(512, 512))
+    memory = memoryview(mmap.mmap(-1, 8192))
+
+    async def ended(offset: int) -> float | None:
+        told: list[float | None] = []
+        over = trio.Event()
+
+        def done(until: float | None) -> None:
+            told.append(until)
+            over.set()
+
+        assert file.try_read_later(offset, memory[:4096], done)
+        assert not told, "before it has returned"
+        await over.wait()
+        return told[0]
+
+    assert await ended(4096) is None
+    assert memory[:4096] == content[4096:8192]
+    os.truncate(path, 4096)
+    assert await ended(4096) == math.inf
+    assert not file.try_read_later(4096 + 100, memory[:4096], lambda until: None)
+    assert not file.try_read_later(4096, memory[1:4097], lambda until: None)
+    with mock.patch.object(transfers, "DEPTH", 0):
+        assert not file.try_read_later(4096, memory[:4096], lambda until: None)
+    file.descriptor, descriptor = -1, file.descriptor
+    assert await ended(0) == math.inf, "a file that is closed"
+    file.descriptor = descriptor
+    assert await ended(0) is None, "every place was given back"
+    file.close()
 
 
 def test_what_is_probed_agrees_with_what_the_kernel_says(tmp_path: Path) -> None:

@@ -55,8 +55,14 @@ def page_of(content: bytes = b"") -> memoryview:
     return page
 
 
+class Opened:
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+
 async def ask(queue: Transfers, command: int, descriptor: int, offset: int, page: memoryview) -> int:
-    return await queue.transfer(command, descriptor, offset, page, ctypes.addressof(ctypes.c_char.from_buffer(page)))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    return await queue.transfer(command, Opened(descriptor), offset, page, address)
 
 
 class Held:
