@@ -175,10 +175,8 @@ class Coalesce:
                 self.write_outs.ask(slot.cluster)
             self._note_end_of_cluster(offset + len(data))
             return True
-        if self._is_better_below(offset, data):
-            return False
         lacks = self.clusters.lacks(offset, len(data))
-        if lacks and (lacks > self.clusters.free or len(self._room)):
+        if lacks and (lacks > self.clusters.free or len(self._room) or self._is_better_below(offset, data)):
             return False  # nobody overtakes who waits for room
         self._put(offset, data)
         return True
@@ -265,6 +263,7 @@ class Coalesce:
             self._note_end(end)
 
     def _note_end(self, end: int) -> None:
+        self._ends.pop(end, None)  # the newest is the last one
         self._ends[end] = None
         if len(self._ends) > RECENT_ENDS:
             del self._ends[next(iter(self._ends))]

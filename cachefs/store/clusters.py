@@ -198,7 +198,10 @@ class Clusters:
     def lacks(self, offset: int, length: int) -> int:
         """How many slots a write of the range would take."""
         is_open = self.open
-        return sum(cluster not in is_open for cluster in self.span(offset, length))
+        first, last = offset >> self._shift, offset + length - 1 >> self._shift
+        if first == last:
+            return first not in is_open
+        return sum(cluster not in is_open for cluster in range(first, last + 1))
 
     def overlay(self, offset: int, buffer: memoryview) -> list[Range]:
         """Lay what is here over *buffer*, which is the disk from *offset* on. The ranges of the disk that are not here."""

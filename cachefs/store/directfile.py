@@ -1,10 +1,10 @@
 """Reading and writing a file with O_DIRECT: past the page cache, whole units at a time, from aligned memory.
 
-Always in one of a few threads of the file (`cachefs.store.workers`). What the caller hands over goes to the kernel as it is
-where its address is aligned, as the buffers of FUSE requests and of `coalesce` are; anything else is copied through
-aligned memory of a pool. The caller of a `DirectFile` keeps to the alignment of offsets and lengths, that of a `CompletedFile`
-need not. Where the size of a file is no multiple of it, the last bytes go through the page cache, which the kernel keeps in
-agreement with direct I/O, and a sync covers them.
+Never on the loop. What the caller hands over goes to the kernel as it is where its address is aligned, as the buffers of FUSE
+requests and of `coalesce` are, and together with what else is asked for (`cachefs.store.transfers`); anything else is copied
+through aligned memory of a pool, in one of a few threads (`cachefs.store.workers`). The caller of a `DirectFile` keeps to the
+alignment of offsets and lengths, that of a `CompletedFile` need not. Where the size of a file is no multiple of it, the last
+bytes go through the page cache, which the kernel keeps in agreement with direct I/O, and a sync covers them.
 
 Sources: open(2) O_DIRECT, statx(2) STATX_DIOALIGN, linux/stat.h.
 """
@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 
 from cachefs.errors import StoreError
 from cachefs.store.localfile import THREADS_PER_FILE_SYSTEM, LocalFile
-from cachefs.store.transfers import READ, WRITE, Transfer
+from cachefs.store.transfers import READ, WRITE, Transfer, Transfers
 from cachefs.store.workers import Workers
 from cachefs.units import align_down, align_up
 
@@ -104,8 +104,7 @@ class DirectFile(LocalFile):
         self._buffered = buffered
         self._direct_end = align_down(size, alignment.offset)
         self._workers = Workers("direct I/O", self.file_system.limiter)
-        self._transfers = self.file_system.transfers
-        self._transfers.open()
+        self._transfers = Transfers(self)
 
     async def run(self, call: Callable[..., T], *arguments: object) -> T:
         return await self._workers.run(call, *arguments)
@@ -140,7 +139,7 @@ class DirectFile(LocalFile):
         def then(one: Transfer) -> None:
             done(None if one.error is None and one.result == length else math.inf)  # `read` finds out why
 
-        return self._transfers.try_transfer_later(READ, self, offset, buffer, address, then)
+        return self._transfers.try_begin(READ, offset, buffer, address, then)
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         return False
@@ -149,19 +148,19 @@ class DirectFile(LocalFile):
         address = self._address_for(offset, buffer)
         done = 0
         if address is not None:
-            done = await self._transfers.transfer(READ, self, offset, buffer, address)
+            done = await self._transfers.transfer(READ, offset, buffer, address)
             if done == len(buffer):
                 return
             done = align_down(done, self.alignment)
         await super().read(offset + done, buffer[done:])
 
     async def write(self, offset: int, pieces: Sequence[memoryview | bytes]) -> None:
-        data = pieces[0]
-        address = self._address_for(offset, data) if len(pieces) == 1 and isinstance(data, memoryview) else None
-        if address is not None:
-            assert isinstance(data, memoryview)
+        pieces = [piece for piece in pieces if len(piece)]
+        data = pieces[0] if len(pieces) == 1 else b""
+        address = self._address_for(offset, data) if isinstance(data, memoryview) else None
+        if address is not None and isinstance(data, memoryview):
             with self.file_system.busy():
-                done = await self._transfers.transfer(WRITE, self, offset, data, address)
+                done = await self._transfers.transfer(WRITE, offset, data, address)
             if done == len(data):
                 return
             done = align_down(done, self.alignment)
@@ -172,7 +171,7 @@ class DirectFile(LocalFile):
     def _address_for(self, offset: int, view: memoryview) -> int | None:
         """Of *view* in memory, if the range can go to or come from there as it is; None where it has to be seen to first."""
         length = len(view)
-        if view.readonly or (offset | length) & self.alignment - 1 or offset + length > self._direct_end:
+        if not length or view.readonly or (offset | length) & self.alignment - 1 or offset + length > self._direct_end:
             return None
         address = ctypes.addressof(ctypes.c_char.from_buffer(view))
         return None if address & self._memory_mask else address

@@ -32,7 +32,6 @@ from typing import ClassVar, TypeVar
 import trio
 
 from cachefs.extent import Extent, ExtentKind
-from cachefs.store.transfers import Transfers
 
 T = TypeVar("T")
 
@@ -77,7 +76,6 @@ class FileSystem:
         self.magic = magic
         self.is_tmpfs = magic == TMPFS_MAGIC
         self.limiter = trio.CapacityLimiter(THREADS_PER_FILE_SYSTEM)
-        self.transfers = Transfers()
         self.slow = 0  # calls under way that may hold the journal; counted on the loop
         # Rounds that sync it. A thread takes its own out before it answers, so that the write which follows finds none.
         self.syncs: set[object] = set()

@@ -5,10 +5,10 @@ What is asked for while the threads are busy, or in the same turn of the loop, g
     loop      transfer() -> queue ..................................... told, all of them at once
     threads                '-> as many as wait -> io_submit, io_getevents -'
 
-The threads and their rings belong to a file system, so that a slow one takes them from nobody else, and so that many files do
-not use up the rings that the kernel allows (fs.aio-max-nr). What waits because DEPTH are under way can be cancelled; what is
-in the queue is handed over, and its caller waits for it. Where the kernel has no AIO, or refuses a ring, each transfer is a
-preadv or pwritev of its own.
+Each file has threads of its own, and a batch is of one file: io_submit waits where the file is locked, as by a punch, and
+nobody hears of a batch before all of it is done. What waits because DEPTH are under way can be cancelled; what is in the
+queue is handed over, and its caller waits for it. Where the kernel has no AIO, or allows no more rings (fs.aio-max-nr), each
+transfer is a preadv or pwritev of its own, in more threads.
 
 Sources: io_submit(2), io_getevents(2), linux/aio_abi.h.
 """
@@ -29,16 +29,16 @@ from typing import Any, Protocol
 
 import trio
 
-DEPTH = 128  # transfers under way; more wait for their turn
+DEPTH = 64  # transfers of a file that are under way; more wait for their turn
 TOGETHER = 32  # of one system call
-THREADS = 4
+THREADS, THREADS_WITHOUT_RING = 2, 16  # of a file
 
 READ, WRITE = 0, 1
 """IOCB_CMD_PREAD and IOCB_CMD_PWRITE."""
 
 _NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 """Of io_setup, io_destroy, io_getevents and io_submit, which no C library wraps; by machine."""
-_IOCB = struct.Struct("<QIIHhIQQqQII")  # data, key, flags, command, priority, file, memory, length, offset, -, flags, -
+_IOCB = struct.Struct("<QIIHhiQQqQII")  # data, key, flags, command, priority, file, memory, length, offset, -, flags, -
 _EVENT = struct.Struct("<QQqq")  # data, iocb, result, -
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -113,16 +113,23 @@ class Ring:
             )  # fmt: skip
         thread = threading.get_ident()
         _under_way[thread] = next(_batches)
-        submitted = max(0, _libc.syscall(self._submit, self._context, _long(len(transfers)), self._pointers))
-        left = submitted
-        while left:
-            least = _long(left)
-            count = max(0, _libc.syscall(self._getevents, self._context, least, least, self._events_memory, None))
-            for index, _, result, _ in _EVENT.iter_unpack(self._events[: _EVENT.size * count]):
-                transfers[index].result = result
-            left -= count  # a signal may have cut it short
-        del _under_way[thread]
-        one_by_one(transfers[submitted:])  # the kernel takes no more at once, or has an error for the next one
+        try:
+            submitted = max(0, _libc.syscall(self._submit, self._context, _long(len(transfers)), self._pointers))
+            left = submitted
+            while left:
+                least = _long(left)
+                count = max(0, _libc.syscall(self._getevents, self._context, least, least, self._events_memory, None))
+                for index, _, result, _ in _EVENT.iter_unpack(self._events[: _EVENT.size * count]):
+                    transfers[index].result = result
+                left -= count  # a signal may have cut it short
+        except BaseException:
+            self.close()  # returns when the kernel has none of their buffers any more
+            raise
+        finally:
+            del _under_way[thread]
+        # The kernel takes no more at once, or has an error for the next one; and AIO begins nothing anew after a signal.
+        one_by_one(transfers[submitted:])
+        one_by_one([one for one in transfers[:submitted] if one.result == -errno.EINTR])
 
 
 def one_by_one(transfers: Sequence[Transfer]) -> None:
@@ -146,25 +153,22 @@ def carry_out(ring: Ring | None, transfers: Sequence[Transfer]) -> None:
 
 
 class Transfers:
-    """Those of a file system. `open` and `close` are called once for each file that uses them. One event loop at a time."""
+    """Those of *file*. One event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: OpenFile) -> None:
+        self._file = file
         self._queue: SimpleQueue[Transfer | None] = SimpleQueue()
-        self._users = self._threads = self._under_way = 0
+        self._threads = self._under_way = 0
+        self._most_threads = THREADS
         self._turns = trio.lowlevel.ParkingLot()
 
-    def open(self) -> None:
-        self._users += 1
-
     def close(self) -> None:
-        """With the last user the threads end, when they have done what was handed to them."""
-        self._users -= 1
-        if not self._users:
-            for _ in range(self._threads):
-                self._queue.put(None)
-            self._threads = 0
+        """The threads end when they have done what was handed to them."""
+        ending, self._threads = self._threads, 0
+        for _ in range(ending):
+            self._queue.put(None)
 
-    async def transfer(self, command: int, file: OpenFile, offset: int, buffer: memoryview, address: int) -> int:
+    async def transfer(self, command: int, offset: int, buffer: memoryview, address: int) -> int:
         """READ into or WRITE from *buffer* at *address*: how many bytes, which may be fewer than asked for.
 
         Raises: OSError.
@@ -174,7 +178,7 @@ class Transfers:
         else:
             self._under_way += 1
         task = trio.lowlevel.current_task()
-        one = Transfer(command, file, offset, buffer, address, lambda _: trio.lowlevel.reschedule(task))
+        one = Transfer(command, self._file, offset, buffer, address, lambda _: trio.lowlevel.reschedule(task))
         self._hand_over(one)
         await trio.lowlevel.wait_task_rescheduled(_go_on)
         if one.error is not None:
@@ -183,31 +187,26 @@ class Transfers:
             raise OSError(-one.result, os.strerror(-one.result))
         return one.result
 
-    def try_transfer_later(
-        self,
-        command: int,
-        file: OpenFile,
-        offset: int,
-        buffer: memoryview,
-        address: int,
-        then: Callable[[Transfer], None],
+    def try_begin(
+        self, command: int, offset: int, buffer: memoryview, address: int, then: Callable[[Transfer], None]
     ) -> bool:
-        """Begin one whose end *then* is told, on the loop and not before this has returned; False where it would wait."""
+        """Begin one whose end *then* is told, on the loop and not before this has returned. False where it would wait."""
         if self._under_way >= DEPTH:
             return False
         self._under_way += 1
-        self._hand_over(Transfer(command, file, offset, buffer, address, then))
+        self._hand_over(Transfer(command, self._file, offset, buffer, address, then))
         return True
 
     def _hand_over(self, one: Transfer) -> None:
         """It has a place."""
-        if self._threads < min(THREADS, self._under_way):
+        if self._threads < min(self._most_threads, self._under_way):
             try:
                 threading.Thread(target=self._work, name="direct I/O", daemon=True).start()
-            except BaseException:
-                self._leave_place()
-                raise
-            self._threads += 1
+                self._threads += 1
+            except RuntimeError:  # the system has no more of them
+                if not self._threads:
+                    self._leave_place()
+                    raise
         self._queue.put(one)
 
     def _leave_place(self) -> None:
@@ -223,6 +222,8 @@ class Transfers:
 
     def _work(self) -> None:
         ring = _ring()
+        if ring is None:
+            self._most_threads = THREADS_WITHOUT_RING
         while (first := self._queue.get()) is not None:
             together = [first]
             with contextlib.suppress(Empty):
@@ -235,6 +236,7 @@ class Transfers:
             try:
                 carry_out(ring, together)
             except BaseException as exc:  # the callers', whatever it is
+                ring = _ring()  # that one was closed, if it was begun
                 for one in together:
                     one.error = exc
             with contextlib.suppress(trio.RunFinishedError):

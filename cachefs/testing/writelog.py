@@ -9,9 +9,10 @@
         materialise(replay.files(at_random(dice)), fresh_folder)
         promises.check(<what the disk reads as when it is opened from there>, at)
 
-The log is taken at the system calls (pwrite, pwritev, fallocate, fdatasync, fsync), for whichever code makes them. A write is
-one entry, at the moment it is in the page cache. A sync is two, because writes go on beside it: what was logged before it
-*began* is durable when it has *ended*. Of the rest each 512-byte sector keeps any version that it ever had since, by
+The log is taken at the system calls (pwrite, pwritev, fallocate, fdatasync, fsync), for whichever code makes them; what direct
+files would do together is done one by one. A write is one entry, at the moment it is in the page cache. A sync is two,
+because writes go on beside it: what was logged before it *began* is durable when it has *ended*.
+Of the rest each 512-byte sector keeps any version that it ever had since, by
 itself: the kernel writes back when and in which order it likes. A sync that failed makes nothing durable, and what it was
 to cover no later sync covers either: the kernel has dropped those pages or calls them clean.
 

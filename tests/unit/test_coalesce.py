@@ -477,6 +477,19 @@ async def what_goes_past_the_buffer_is_there(disk: Opened) -> None:
     disk.check_outside()
 
 
+async def what_goes_past_the_buffer_waits_for_a_write_out_below_it(disk: Opened) -> None:
+    holds = await scatter_and_fill(disk)  # cluster 0, bytes 100 to 612, is on its way down and held there
+    await wait_all_tasks_blocked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(disk.write, 0, patterns(7, 4096))
+        await wait_all_tasks_blocked()
+        for held in holds:
+            held.open()
+    await disk.top.flush()
+    await disk.check()
+    disk.check_outside()
+
+
 async def a_write_beside_one_past_the_buffer_stays_newer(disk: Opened) -> None:
     holds = await scatter_and_fill(disk)
     past = disk.gate.hold("write", start=17 * CLUSTER)
@@ -689,6 +702,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     a_flush_has_what_was_written_beside_a_write_out,
     what_goes_past_the_buffer_is_there,
     a_write_beside_one_past_the_buffer_stays_newer,
+    what_goes_past_the_buffer_waits_for_a_write_out_below_it,
     a_trim_comes_after_the_write_out_under_way,
     a_write_beside_a_trim_is_kept,
     a_trim_that_fails_leaves_what_was_written_or_zeros,
@@ -790,6 +804,13 @@ async def _write_through_without_lock(layer: Coalesce, cluster: int, offset: int
     return True
 
 
+async def _write_through_beside_a_write_out(layer: Coalesce, cluster: int, offset: int, data: memoryview) -> bool:
+    if cluster in layer.clusters.open:
+        return False
+    await layer.child.write(offset, data)
+    return True
+
+
 _complete, _thaw, _freeze = Clusters.complete, Clusters.thaw, Clusters.freeze
 _flush, _clear = Coalesce.flush, Coalesce._clear
 
@@ -815,6 +836,10 @@ MUTANTS: dict[str, tuple[tuple[Patch, ...], Scenario]] = {
     "past-the-buffer-without-lock": (
         ((Coalesce, "_write_through", _write_through_without_lock),),
         a_write_beside_one_past_the_buffer_stays_newer,
+    ),
+    "past-the-buffer-beside-a-write-out": (
+        ((Coalesce, "_write_through", _write_through_beside_a_write_out),),
+        what_goes_past_the_buffer_waits_for_a_write_out_below_it,
     ),
     "trim-without-lock": (((Coalesce, "_clear", _clear_at_once),), a_trim_comes_after_the_write_out_under_way),
     "dropped-before-trim": (((Slot, "zero", _drop_early),), a_trim_that_fails_leaves_what_was_written_or_zeros),

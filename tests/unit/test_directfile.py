@@ -6,6 +6,7 @@ import ctypes
 import math
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,12 +16,13 @@ from unittest import mock
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from cachefs.backends.file import File, FileConfig
 from cachefs.errors import StoreError
 from cachefs.layers.base import Environment
 from cachefs.store import directfile, transfers
-from cachefs.store.directfile import Alignment, DirectFile, ask_alignment
+from cachefs.store.directfile import Alignment, CompletedFile, DirectFile, ask_alignment
 from cachefs.testing.model import Extents, Flush, Model, Read, Trim, Write, Zero, assert_same, read_all, run_one
 from cachefs.testing.stacks import EVEN_SIZE, ODD_SIZE, Bench, Case, coalesce_layer, cow_layer, layers_of
 from cachefs.testing.strategies import patterns
@@ -118,6 +120,65 @@ async def test_the_watch_itself_notices_what_is_not_aligned(tmp_path: Path) -> N
             memory = memoryview(mmap.mmap(-1, 8192))[1:4097]
             with pytest.raises(AssertionError, match="address"):
                 file.write_now(0, [memory])
+
+
+async def test_a_file_whose_transfers_hang_holds_up_no_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one is being punched io_submit waits, and with it the rest of the batch."""
+    files = []
+    for name in ("hangs", "other"):
+        path = tmp_path / name
+        path.write_bytes(bytes(1 << 16))
+        files.append(
+            DirectFile(os.open(path, os.O_RDWR | os.O_DIRECT), os.open(path, os.O_RDWR), 1 << 16, Alignment(512, 512))
+        )
+    hangs, other = files
+    go_on, real = threading.Event(), transfers.carry_out
+
+    def hang(ring: Any, together: Sequence[transfers.Transfer]) -> None:
+        if any(one.file is hangs for one in together):
+            assert go_on.wait(20)
+        real(ring, together)
+
+    monkeypatch.setattr(transfers, "carry_out", hang)
+    async with trio.open_nursery() as nursery:
+        for _ in range(32):
+            nursery.start_soon(hangs.read, 0, memoryview(mmap.mmap(-1, 4096)))
+        await wait_all_tasks_blocked()
+        with trio.fail_after(10):
+            for _ in range(3):
+                await other.read(0, memoryview(mmap.mmap(-1, 4096)))
+                await other.write(0, [memoryview(mmap.mmap(-1, 4096))])
+        go_on.set()
+    for file in files:
+        file.close()
+
+
+@pytest.mark.parametrize("short", [0, 100, 512, 4096, 5000])
+@pytest.mark.parametrize("kind", [DirectFile, CompletedFile])
+async def test_what_a_short_result_leaves_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[DirectFile], short: int
+) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(64 << 10))
+    file = kind(os.open(path, os.O_RDWR | os.O_DIRECT), os.open(path, os.O_RDWR), 64 << 10, Alignment(512, 512))
+
+    def stop_early(ring: Any, together: Sequence[transfers.Transfer]) -> None:
+        for one in together:
+            part = one.buffer[: short - short % 512]
+            if part:
+                (os.pwritev if one.command == transfers.WRITE else os.preadv)(file.descriptor, (part,), one.offset)
+            one.result = min(short, len(one.buffer))
+
+    monkeypatch.setattr(transfers, "carry_out", stop_early)
+    data, back = (memoryview(mmap.mmap(-1, 16384)) for _ in range(2))
+    data[:] = patterns(9, 16384)
+    await file.write(8192, (data,))
+    assert path.read_bytes()[8192:24576] == data
+    await file.read(8192, back)
+    assert back == data
+    file.close()
 
 
 async def test_a_read_without_a_task_is_told_its_end_and_leaves_what_is_wrong_to_the_task(tmp_path: Path) -> None:
