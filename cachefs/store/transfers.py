@@ -102,6 +102,7 @@ class Ring:
         self._events_memory = (ctypes.c_char * len(self._events)).from_buffer(self._events)
 
     def close(self) -> None:
+        """Returns when the kernel has none of their buffers any more, whatever they have come to."""
         _libc.syscall(self._destroy, self._context)
 
     def carry_out(self, transfers: Sequence[Transfer]) -> None:
@@ -122,9 +123,6 @@ class Ring:
                 for index, _, result, _ in _EVENT.iter_unpack(self._events[: _EVENT.size * count]):
                     transfers[index].result = result
                 left -= count  # a signal may have cut it short
-        except BaseException:
-            self.close()  # returns when the kernel has none of their buffers any more
-            raise
         finally:
             del _under_way[thread]
         # The kernel takes no more at once, or has an error for the next one; and AIO begins nothing anew after a signal.
@@ -236,7 +234,9 @@ class Transfers:
             try:
                 carry_out(ring, together)
             except BaseException as exc:  # the callers', whatever it is
-                ring = _ring()  # that one was closed, if it was begun
+                if ring is not None:  # it may have begun them, and may know results that nobody asked for
+                    ring.close()
+                    ring = _ring()
                 for one in together:
                     one.error = exc
             with contextlib.suppress(trio.RunFinishedError):

@@ -224,6 +224,7 @@ def test_forced_stop_answers_reads_that_a_silent_server_holds(
     assert server.process is not None
     disk = opened(mounted.path / "vm", os.O_RDONLY)
     server.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)  # until then it may answer yet
     raised: list[OSError] = []
 
     def read() -> None:

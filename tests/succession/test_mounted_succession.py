@@ -368,6 +368,7 @@ class Read(threading.Thread):
 @contextmanager
 def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
     process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # until then it may answer yet
     try:
         yield
     finally:
