@@ -31,7 +31,7 @@ import trio
 
 DEPTH = 64  # transfers of a file that are under way; more wait for their turn
 TOGETHER = 32  # of one system call
-THREADS, THREADS_WITHOUT_RING = 2, 16  # of a file
+THREADS, THREADS_WITHOUT_RING = 4, 16  # of a file
 
 READ, WRITE = 0, 1
 """IOCB_CMD_PREAD and IOCB_CMD_PWRITE."""
