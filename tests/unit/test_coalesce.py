@@ -460,6 +460,19 @@ async def scatter_and_fill(disk: Opened) -> list[Held]:
     return holds
 
 
+async def crowd(disk: Opened) -> None:
+    """Several clients at once go past the full buffer; then all of it is below."""
+    holds = await scatter_and_fill(disk)
+    held = disk.gate.hold("write", start=15 * CLUSTER, once=False)
+    async with trio.open_nursery() as nursery:
+        for index in range(15, 18):
+            nursery.start_soon(disk.write, index * CLUSTER, patterns(index, 4096))
+        await wait_all_tasks_blocked()
+        for one in (held, *holds):
+            one.open()
+    await disk.top.flush()
+
+
 async def what_goes_past_the_buffer_is_there(disk: Opened) -> None:
     holds = await scatter_and_fill(disk)
     before = len(disk.below.writes)
@@ -511,15 +524,7 @@ async def a_write_beside_one_past_the_buffer_stays_newer(disk: Opened) -> None:
 
 async def test_scattered_writes_of_several_clients_go_on_past_the_buffer_and_those_of_one_do_not() -> None:
     async with coalesced() as disk:
-        holds = await scatter_and_fill(disk)
-        held = disk.gate.hold("write", start=15 * CLUSTER, once=False)
-        async with trio.open_nursery() as nursery:
-            for index in range(15, 18):
-                nursery.start_soon(disk.write, index * CLUSTER, patterns(index, 4096))
-            await wait_all_tasks_blocked()
-            for one in (held, *holds):
-                one.open()
-        await disk.top.flush()
+        await crowd(disk)
         assert disk.stack.coalesce is not None
         clusters = disk.stack.coalesce.clusters
         assert clusters.free == clusters.slots
@@ -534,15 +539,7 @@ async def test_scattered_writes_of_several_clients_go_on_past_the_buffer_and_tho
 
 async def test_a_stream_among_scattered_writes_is_gathered_from_its_second_write_on() -> None:
     async with coalesced() as disk:
-        holds = await scatter_and_fill(disk)
-        held = disk.gate.hold("write", start=15 * CLUSTER, once=False)
-        async with trio.open_nursery() as nursery:
-            for index in range(15, 18):
-                nursery.start_soon(disk.write, index * CLUSTER, patterns(index, 4096))
-            await wait_all_tasks_blocked()
-            for one in (held, *holds):
-                one.open()
-        await disk.top.flush()
+        await crowd(disk)
         before = len(disk.below.writes)
         for offset in range(18 * CLUSTER, 20 * CLUSTER, 4096):
             await disk.write(offset, patterns(offset // 4096 % 250 + 1, 4096))
