@@ -39,9 +39,7 @@ from cachefs.units import Duration, Size, align_down, align_up, format_size, is_
 log = logging.getLogger(__name__)
 
 MEMORY_KIND = "coalesce"
-RECENT_ENDS = (
-    16  # of writes that went straight below or to the end of their cluster: what begins there goes on a stream
-)
+RECENT_ENDS = 16  # of writes that went straight below, or filled a cluster's end: what begins there goes on a stream
 CROWD_DECAY = 1 / 16  # for each write that goes straight below
 LAYOUT = 1  # of the survivor memory: see cachefs.store.clusters
 
